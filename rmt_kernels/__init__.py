@@ -1,0 +1,16 @@
+"""Attention for recurrent-memory transformers, as kernels."""
+
+from rmt_kernels._version import __version__
+from rmt_kernels.attention import Explanation, explain, segment_attention
+from rmt_kernels.layout import Region, Rule, SegmentLayout
+from rmt_kernels.reference import reference_attention
+
+__all__ = [
+    "Explanation",
+    "Region",
+    "Rule",
+    "SegmentLayout",
+    "explain",
+    "reference_attention",
+    "segment_attention",
+]

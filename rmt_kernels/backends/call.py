@@ -1,0 +1,49 @@
+"""The arguments of one segment attention, checked; what a backend is asked about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rmt_kernels.layout import SegmentLayout
+
+__all__ = ["Call", "check_values"]
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of ``segment_attention``; shapes and dtypes agree with the layout, ``scale`` is a number."""
+
+    query: torch.Tensor  # (batch, heads, queries, head_dim)
+    key: torch.Tensor  # (batch, kv_heads, keys, head_dim), without CACHE where `cache` is given
+    value: torch.Tensor
+    layout: SegmentLayout
+    cache: tuple[torch.Tensor, torch.Tensor] | None
+    scale: float
+    token_lengths: torch.Tensor | None  # int32 (batch,), as the next three
+    token_starts: torch.Tensor | None
+    cache_starts: torch.Tensor | None
+    query_start: torch.Tensor | None
+    dropout_p: float
+    seed: torch.Tensor | None  # int64 (1,)
+    return_lse: bool
+
+
+def check_values(call: Call) -> None:
+    """Raise ValueError where a length or start is out of range. The CPU kernels check this themselves.
+
+    Skipped while compiling and away from the CPU, where looking at a value would break the graph or synchronise.
+    """
+    if call.query.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    layout = call.layout
+    limits = (
+        ("token_lengths", call.token_lengths, layout.tokens),
+        ("token_starts", call.token_starts, layout.tokens),
+        ("cache_starts", call.cache_starts, layout.cache),
+        ("query_start", call.query_start, layout.tokens - layout.num_queries),
+    )
+    for name, values, most in limits:
+        if values is not None and values.numel() and not 0 <= int(values.min()) <= int(values.max()) <= most:
+            raise ValueError(f"{name} must be between 0 and {most}, got {values.tolist()}")

@@ -1,0 +1,48 @@
+"""The compiled C++ kernels of csrc/cpu."""
+
+from __future__ import annotations
+
+import torch
+
+from rmt_kernels import ops
+from rmt_kernels.backends.call import Call
+
+__all__ = ["run", "supports", "why_missing"]
+
+try:
+    from rmt_kernels import _cpu
+
+    why_missing = ""
+except ImportError as error:
+    why_missing = f"the compiled CPU module is missing or was refused ({error}); build it with: pip install ."
+else:
+    built, here = _cpu.built_with_torch(), torch.__version__.split("+")[0]
+    if built != here:
+        why_missing = f"the CPU module was built with torch {built} and this is torch {here}; rebuild: pip install ."
+    else:
+        ops.register_kernels("cpu", _cpu.forward, _cpu.backward)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+def supports(call: Call) -> str | None:
+    """None where the kernels serve the call, otherwise the reason why not."""
+    if why_missing:
+        return why_missing
+    if call.query.device.type != "cpu":
+        return f"it runs on CPU tensors, got {call.query.device}"
+    if call.query.dtype not in _DTYPES:
+        return f"it computes in float32, bfloat16 and float16, got {call.query.dtype}"
+    if call.query.shape[-1] > MAX_HEAD_DIM:
+        return f"its largest head_dim is {MAX_HEAD_DIM}, got {call.query.shape[-1]}"
+    return None
+
+
+def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(out, lse)`` by the kernels."""
+    cache_key, cache_value = call.cache or (None, None)
+    return ops.forward(
+        call.query, call.key, call.value, cache_key, cache_value, call.token_lengths, call.token_starts,
+        call.cache_starts, call.query_start, call.seed, [], call.layout.ints, call.scale, call.dropout_p, "", "cpu",
+    )  # fmt: skip

@@ -1,0 +1,29 @@
+"""The dense reference as a backend: every call, any floating dtype, slowly."""
+
+from __future__ import annotations
+
+import torch
+
+from rmt_kernels.backends.call import Call, check_values
+from rmt_kernels.reference import reference_attention
+
+__all__ = ["run", "supports"]
+
+
+def supports(call: Call) -> str | None:
+    """The reference serves every call."""
+    return None
+
+
+def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(out, lse)``; float16 and bfloat16 are computed in float32."""
+    check_values(call)
+    dtype = call.query.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    out, lse = reference_attention(
+        call.query.to(wide), call.key.to(wide), call.value.to(wide), call.layout,
+        cache=None if call.cache is None else (call.cache[0].to(wide), call.cache[1].to(wide)),
+        scale=call.scale, token_lengths=call.token_lengths, token_starts=call.token_starts,
+        cache_starts=call.cache_starts, query_start=call.query_start, dropout_p=call.dropout_p, seed=call.seed,
+    )  # fmt: skip
+    return out.to(dtype), lse
