@@ -10,6 +10,7 @@ __all__ = [
     "Region",
     "Rule",
     "SegmentLayout",
+    "__version__",
     "explain",
     "reference_attention",
     "segment_attention",

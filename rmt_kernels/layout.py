@@ -129,7 +129,7 @@ class SegmentLayout:
             if rule is not Rule.CAUSAL or Region.TOKENS not in self.keys:
                 raise ValueError(
                     f"window={self.window} needs the rule ('tokens', 'tokens'): Rule.CAUSAL and 'tokens' among the "
-                    f"keys, got {rule.name} and keys {[Region(r).name.lower() for r in self.keys]}"
+                    f"keys, got {rule.name} and keys {[_region('keys', r).name.lower() for r in self.keys]}"
                 )
         put(self, "forms", tuple(self._form(region) for region in _QUERY_REGIONS))
         total = sum(form.rows for form in self.forms)
@@ -137,7 +137,7 @@ class SegmentLayout:
             raise ValueError(f"skip={self.skip} is more than the layout's {total} query rows")
         put(self, "num_queries", total - self.skip)
         put(self, "num_keys", sum(self.key_size(region) for region in Region))
-        ints = [self.key_size(region) for region in Region] + [self.window or 0, self.skip]
+        ints = [self.key_size(region) for region in Region] + [self.tokens, self.window or 0, self.skip]
         for form in self.forms:
             ints += [form.rows, form.lo, form.hi, form.step, form.own]
         put(self, "ints", tuple(ints))

@@ -1,0 +1,237 @@
+// Forward: a tile of query rows walks the keys that its rows see, 64 at a time, with an online softmax.
+#pragma once
+
+#include "tile.h"
+
+namespace rmt::RMT_ISA {
+
+template <class Engine, class T>
+class Forward {
+  using E = typename Engine::elem;
+  static constexpr int kRows = 48;           // query rows of a tile: eight times the six rows of a strip
+  static constexpr int kBlock = 4 * kPanel;  // keys between two rescalings of the output
+
+  struct Packed {    // keys and values of one (batch, key/value head)
+    E* keys;         // [panels][staged / pair][64][pair]: K^T
+    E* values;       // [width panels][keys / pair][columns][pair]
+  };
+  struct Workspace {  // of one thread
+    E *stage, *q, *p;  // (64, staged), (rows, staged), (rows, block)
+    float *s, *o;      // (rows, block), (rows, width)
+    float *keep;       // (block)
+    Row* rows;
+  };
+
+  const Problem& p_;
+  const Runtime& rt_;
+  const Sizes<Engine> n_;
+  const float c_;          // scores times this are in units of log2
+  const int heads_a_tile_;  // short queries: rows of several heads of a group share a tile
+  const int tiles_a_head_;
+
+  static int heads_a_tile(const Problem& p) {
+    return p.queries > kRows / 2 ? 1 : max_int(1, min_int(p.group(), kRows / max_int(1, p.queries)));
+  }
+  int tiles_a_unit() const { return (p_.group() + heads_a_tile_ - 1) / heads_a_tile_ * tiles_a_head_; }
+  int units() const { return p_.batch * p_.kv_heads; }
+
+  // Whole units a thread where that keeps all threads busy; else all threads share the packed keys of every unit.
+  static bool by_unit(const Problem& p, int threads) {
+    const int units = p.batch * p.kv_heads;
+    return threads == 1 || units % threads == 0 || units >= 8 * threads;
+  }
+
+  Packed carve_packed(Arena& arena) const {
+    E* keys = arena.take<E>(n_.key_panels * n_.transposed_panel());
+    return {keys, arena.take<E>(n_.packed(n_.keys))};
+  }
+  Workspace carve_workspace(Arena& arena) const {
+    Workspace w;
+    w.stage = arena.take<E>(kPanel * n_.staged);
+    w.q = arena.take<E>(kRows * n_.staged);
+    w.s = arena.take<float>(kRows * kBlock);
+    w.p = sizeof(E) == 4 ? reinterpret_cast<E*>(w.s) : arena.take<E>(kRows * kBlock);
+    w.o = arena.take<float>(kRows * n_.width);
+    w.keep = arena.take<float>(kBlock);
+    w.rows = arena.take<Row>(kRows);
+    return w;
+  }
+  size_t packed_bytes() const {
+    Arena count;
+    carve_packed(count);
+    return count.used();
+  }
+  size_t workspace_bytes() const {
+    Arena count;
+    carve_workspace(count);
+    return count.used();
+  }
+  Packed packed(int slot) const {
+    Arena arena(rt_.scratch + slot * packed_bytes());
+    return carve_packed(arena);
+  }
+  Workspace workspace(int thread, int slots) const {
+    Arena arena(rt_.scratch + slots * packed_bytes() + thread * workspace_bytes());
+    return carve_workspace(arena);
+  }
+
+  void pack(const Packed& to, const Workspace& w, int b, int g, const Live& live, int panel) const {
+    const int from = panel * kPanel;
+    if (from >= live.hi || from + kPanel <= live.lo) return;
+    const auto keys = head_of<T>(p_.key, p_.cache_key, p_.cache_rows, b, g);
+    stage_panel(w.stage, n_.staged, keys, from, p_.keys, p_.head_dim, live);
+    pack_transposed<Engine>(to.keys + panel * n_.transposed_panel(), w.stage, n_.staged);
+    const auto values = head_of<T>(p_.value, p_.cache_value, p_.cache_rows, b, g);
+    stage_panel(w.stage, n_.staged, values, from, p_.keys, p_.head_dim, live);
+    pack_rows<Engine>(to.values, n_.keys, from, n_.width, w.stage, n_.staged);
+  }
+
+  // One row of a block: scores to probabilities against a running pivot. Returns the factor on what was summed before.
+  static float softmax_row(const float* s, E* p, int count, float c, float& pivot, float& sum) {
+    vf most = splat(-kInf);
+    for (int j = 0; j < count; j += W) most = max(most, load<vf>(s + j) * c);
+    const float highest = reduce_max(most), before = pivot;
+    pivot = highest > pivot ? highest : pivot;
+    const float finite = pivot == -kInf ? 0.0f : pivot;
+    vf total{};
+    for (int j = 0; j < count; j += W) {
+      const vf x = exp2<Engine::exp_degree>(load<vf>(s + j) * c - finite);
+      total += x;
+      narrow(p + j, x);
+    }
+    if (before == pivot) {
+      sum += reduce_add(total);
+      return 1.0f;
+    }
+    const float factor = exp2<5>(splat(before - finite))[0];
+    sum = sum * factor + reduce_add(total);
+    return factor;
+  }
+
+  void tile(const Packed& packed, const Workspace& w, int b, int g, int index) const {
+    const int q0 = index % tiles_a_head_ * kRows, queries = min_int(kRows, p_.queries - q0);
+    const int first = index / tiles_a_head_ * heads_a_tile_;  // head within the group
+    const int heads = min_int(heads_a_tile_, p_.group() - first), count = heads * queries;
+    const int h0 = g * p_.group() + first;
+    const Sample sample = p_.sample(b);
+    float pivot[kRows], sum[kRows];
+    uint32_t absolute[kRows];  // row in the layout, for dropout
+    for (int i = 0; i < count; ++i) {
+      const int q = q0 + i % queries;
+      w.rows[i] = row_of(p_.layout, sample, q);
+      absolute[i] = layout_row(p_.layout, sample, q);
+      pivot[i] = -kInf;
+      sum[i] = 0.0f;
+      stage_row(w.q + i * n_.staged, rmt::RMT_ISA::row_of<T>(p_.query, b, h0 + i / queries, q), p_.head_dim, n_.staged);
+    }
+    memset(w.o, 0, sizeof(float) * count * n_.width);
+    for (int i = 0; i < count; ++i)
+      if (w.rows[i].own >= 0) start_with_own(w, b, g, h0 + i / queries, q0 + i % queries, i, absolute[i], pivot[i], sum[i]);
+
+    const Span span = span_of(w.rows, count);
+    int panel = span.lo / kPanel;
+    while (panel * kPanel < span.hi) {
+      // A block: up to four panels side by side that some row sees.
+      const int from = panel * kPanel;
+      int to = from;
+      while (to < span.hi && to - from < kBlock && !span.closed(to, to + kPanel)) to += kPanel;
+      panel = max_int(to, from + kPanel) / kPanel;
+      if (to == from) continue;
+      to = min_int(to, round_up(span.hi, 16));
+      const int keys = to - from;
+
+      for (int j = 0; j < keys; j += kPanel)
+        Engine::gemm(rt_, count, min_int(kPanel, keys - j), n_.depth, w.q, n_.staged,
+                     packed.keys + (from + j) / kPanel * n_.transposed_panel(), kPanel, w.s + j, kBlock, false);
+      const bool masked = !span.open(from, to), scaled_here = c_ <= 0.0f;
+      for (int i = 0; i < count; ++i) {
+        float* s = w.s + i * kBlock;
+        E* p = w.p + i * kBlock;
+        if (scaled_here)  // -inf times it would not be -inf
+          for (int j = 0; j < keys; j += W) store(s + j, load<vf>(s + j) * c_);
+        if (masked) mask_row(s, from, to, w.rows[i]);
+        const float factor = softmax_row(s, p, keys, scaled_here ? 1.0f : c_, pivot[i], sum[i]);
+        if (factor != 1.0f) {
+          float* o = w.o + i * n_.width;
+          for (int j = 0; j < n_.width; j += W) store(o + j, load<vf>(o + j) * factor);
+        }
+        if (p_.dropout.on()) {
+          draw_row(w.keep, p_.dropout, from, keys, absolute[i], h0 + i / queries, b);
+          for (int j = 0; j < keys; j += W) narrow(p + j, widen(p + j) * load<vf>(w.keep + j));
+        }
+      }
+      multiply_rows<Engine>(rt_, count, keys, w.p, kBlock, packed.values, n_.keys, from, n_.width, w.o, true);
+    }
+
+    const float rescale = p_.dropout.on() ? p_.dropout.rescale() : 1.0f;
+    for (int i = 0; i < count; ++i) {
+      const int h = h0 + i / queries, q = q0 + i % queries;
+      const bool blind = w.rows[i].lo == w.rows[i].hi && w.rows[i].own < 0;
+      store_scaled(rmt::RMT_ISA::row_of<T>(p_.out, b, h, q), w.o + i * n_.width, blind ? 0.0f : rescale / sum[i],
+                   p_.head_dim);
+      p_.lse[(static_cast<int64_t>(b) * p_.heads + h) * p_.queries + q] =
+          blind ? -kInf : (pivot[i] + std::log2(sum[i])) * kLn2;
+    }
+  }
+
+  // A SELF row's own key starts its softmax.
+  void start_with_own(const Workspace& w, int b, int g, int h, int q, int i, uint32_t absolute, float& pivot,
+                      float& sum) const {
+    const int own = w.rows[i].own;
+    const T* key = head_of<T>(p_.key, p_.cache_key, p_.cache_rows, b, g)[own];
+    const T* value = head_of<T>(p_.value, p_.cache_value, p_.cache_rows, b, g)[own];
+    pivot = dot(rmt::RMT_ISA::row_of<T>(p_.query, b, h, q), key, p_.head_dim) * c_;
+    sum = 1.0f;
+    const float keep = p_.dropout.on() ? draw_one(p_.dropout, own, absolute, h, b) : 1.0f;
+    add_scaled(w.o + i * n_.width, value, keep, p_.head_dim);
+  }
+
+ public:
+  Forward(const Problem& p, const Runtime& rt)
+      : p_(p), rt_(rt), n_(p), c_(p.scale * kLog2e), heads_a_tile_(heads_a_tile(p)),
+        tiles_a_head_((p.queries + kRows - 1) / kRows) {}
+
+  static size_t scratch(const Problem& p, int threads) {
+    const Runtime none{};
+    const Forward f(p, none);
+    return (by_unit(p, threads) ? threads : f.units()) * f.packed_bytes() + threads * f.workspace_bytes();
+  }
+
+  void run() const {
+    if (by_unit(p_, rt_.threads)) {
+      rt_.parallel(rt_.threads, units(), [](void* self, int item, int thread) {
+        static_cast<const Forward*>(self)->unit(item, thread);
+      }, const_cast<Forward*>(this));
+      return;
+    }
+    rt_.parallel(rt_.threads, units() * n_.key_panels, [](void* self, int item, int thread) {
+      static_cast<const Forward*>(self)->shared_pack(item, thread);
+    }, const_cast<Forward*>(this));
+    rt_.parallel(rt_.threads, units() * tiles_a_unit(), [](void* self, int item, int thread) {
+      static_cast<const Forward*>(self)->shared_tile(item, thread);
+    }, const_cast<Forward*>(this));
+  }
+
+ private:
+  void unit(int item, int thread) const {
+    const int b = item / p_.kv_heads, g = item % p_.kv_heads;
+    const Packed to = packed(thread);
+    const Workspace w = workspace(thread, rt_.threads);
+    const Live live = live_of(p_, p_.sample(b));
+    for (int panel = 0; panel < n_.key_panels; ++panel) pack(to, w, b, g, live, panel);
+    for (int t = 0; t < tiles_a_unit(); ++t) tile(to, w, b, g, t);
+    Engine::release(rt_);
+  }
+  void shared_pack(int item, int thread) const {
+    const int u = item / n_.key_panels, b = u / p_.kv_heads;
+    pack(packed(u), workspace(thread, units()), b, u % p_.kv_heads, live_of(p_, p_.sample(b)), item % n_.key_panels);
+  }
+  void shared_tile(int item, int thread) const {
+    // Later tiles of a causal layout see more keys: they start first.
+    const int t = tiles_a_unit() - 1 - item / units(), u = item % units();
+    tile(packed(u), workspace(thread, units()), u / p_.kv_heads, u % p_.kv_heads, t);
+    Engine::release(rt_);
+  }
+};
+
+}  // namespace rmt::RMT_ISA
