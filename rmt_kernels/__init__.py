@@ -3,10 +3,12 @@
 from rmt_kernels._version import __version__
 from rmt_kernels.attention import Explanation, explain, segment_attention
 from rmt_kernels.layout import Region, Rule, SegmentLayout
+from rmt_kernels.modules import RMTAttention
 from rmt_kernels.reference import reference_attention
 
 __all__ = [
     "Explanation",
+    "RMTAttention",
     "Region",
     "Rule",
     "SegmentLayout",

@@ -16,9 +16,11 @@ __all__ = ["backward", "forward", "register_kernels"]
 
 _SHARED = (
     "Tensor query, Tensor key, Tensor value, Tensor? cache_key, Tensor? cache_value, Tensor? token_lengths, "
-    "Tensor? token_starts, Tensor? cache_starts, Tensor? query_start, Tensor? seed, Tensor[] relative, "
-    "int[] layout, float scale, float dropout_p, str relative_kind, str backend"
+    "Tensor? token_starts, Tensor? cache_starts, Tensor? query_start, Tensor? seed, Tensor? relative_key, "
+    "Tensor? content_bias, Tensor? position_bias, int[] layout, float scale, float dropout_p, str relative, str backend"
 )
+_TENSORS = 13  # of _SHARED, in front
+_DIFFERENTIABLE = 5  # query, key, value, cache_key, cache_value
 _library = torch.library.Library("rmt_kernels", "DEF")
 _library.define(f"forward({_SHARED}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
@@ -26,14 +28,16 @@ _library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+forward = torch.ops.rmt_kernels.forward.default
+backward = torch.ops.rmt_kernels.backward.default
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 _FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {}
-_BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]] = {}
+_BACKWARD: dict[str, Callable[..., Gradients]] = {}
 
 
 def register_kernels(
-    backend: str,
-    forward: Callable[..., tuple[Tensor, Tensor]],
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]],
+    backend: str, forward: Callable[..., tuple[Tensor, Tensor]], backward: Callable[..., Gradients]
 ) -> None:
     """Make a backend's kernels reachable through the operators. They get the operator's arguments without its name.
 
@@ -47,7 +51,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     return _FORWARD[args[-1]](*args[:-1])
 
 
-def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(*args: Any) -> Gradients:
     return _BACKWARD[args[-1]](*args[:-1])
 
 
@@ -70,39 +74,56 @@ def _forward_fake(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
     cache_key: Tensor | None, cache_value: Tensor | None, *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    none = query.new_empty(0)
-    return (
-        _like(query), _like(key), _like(value),
-        none if cache_key is None else _like(cache_key),
-        query.new_empty(0) if cache_value is None else _like(cache_value),
-    )  # fmt: skip
+) -> Gradients:  # fmt: skip
+    cache = [query.new_empty(0) if tensor is None else _like(tensor) for tensor in (cache_key, cache_value)]
+    return _like(query), _like(key), _like(value), cache[0], cache[1]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *inputs[:10], *inputs[10])
-    ctx.rest = inputs[11:]
+# torch.library.register_autograd would do the same at 100 microseconds a call.
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        out, lse = forward.redispatch(keyset, *args)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(out, lse, *args[:_TENSORS])
+        ctx.rest = args[_TENSORS:]
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_out, grad_lse = grads
+        out, lse, *tensors = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        found: tuple[Tensor | None, ...] = backward(grad_out, grad_lse, out, lse, *tensors, *ctx.rest)
+        if tensors[3] is None:
+            found = (*found[:3], None, None)
+        return (None, *found, *(None,) * (_TENSORS - _DIFFERENTIABLE + len(ctx.rest)))
 
 
-def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    out, lse, *saved = ctx.saved_tensors
-    tensors, relative = saved[:10], saved[10:]
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    dq, dk, dv, dck, dcv = torch.ops.rmt_kernels.backward(grad_out, grad_lse, out, lse, *tensors, relative, *ctx.rest)
-    if tensors[3] is None:
-        dck = dcv = None
-    return dq, dk, dv, dck, dcv, None, None, None, None, None, [None] * len(relative), None, None, None, None, None
+class _OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *args: Any) -> Gradients:
+        return backward.redispatch(keyset, *args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(
+            "segment_attention's kernels are differentiable once; for second derivatives use backend='reference'"
+        )
 
 
-def _refuse(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError(
-        "segment_attention's kernels are differentiable once; for second derivatives use backend='reference'"
-    )
+def _under_autograd(
+    function: type[torch.autograd.Function], op: Any, tensors: int
+) -> Callable[..., tuple[Tensor, ...]]:
+    def run(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
+        keyset = keyset & torch._C._after_autograd_keyset
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:tensors]):
+            return function.apply(keyset, *args)  # type: ignore[no-any-return]
+        return op.redispatch(keyset, *args)  # type: ignore[no-any-return]
+
+    return run
 
 
-torch.library.register_autograd("rmt_kernels::forward", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("rmt_kernels::backward", _refuse, lib=_library)
-forward = torch.ops.rmt_kernels.forward.default
-backward = torch.ops.rmt_kernels.backward.default
+_library.impl("forward", _under_autograd(_Attention, forward, _DIFFERENTIABLE), "Autograd", with_keyset=True)
+_library.impl("backward", _under_autograd(_OnceDifferentiable, backward, 9), "Autograd", with_keyset=True)

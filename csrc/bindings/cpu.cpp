@@ -112,7 +112,7 @@ struct Call {
   const Tensor &query, const Tensor &key, const Tensor &value, const MaybeTensor &cache_key,                 \
       const MaybeTensor &cache_value, const MaybeTensor &lengths, const MaybeTensor &starts,                 \
       const MaybeTensor &cache_starts, const MaybeTensor &query_start, const MaybeTensor &seed,              \
-      const std::vector<Tensor>&, const std::vector<int64_t>&layout, double scale, double dropout_p, const std::string&
+      const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const std::vector<int64_t>&layout, double scale, double dropout_p, const std::string&
 #define RMT_PASS \
   query, key, value, cache_key, cache_value, lengths, starts, cache_starts, query_start, seed, layout, scale, dropout_p
 

@@ -152,9 +152,9 @@ class Backward {
 
   // P^T and dS^T of a tile from S^T and dP^T, elementwise; `from` is its first key.
   template <bool Masked, bool Drop>
-  void probabilities(const Workspace& w, const QuerySide& q, int i, int from) const {
+  void probabilities(const Workspace& w, const QuerySide& q, int i, int from, int keys, int queries) const {
     const float rescale = Drop ? p_.dropout.rescale() : 1.0f;
-    for (int col = 0; col < kPanel; col += W) {
+    for (int col = 0; col < queries; col += W) {
       const int first = i * kPanel + col;
       const vf lse = load<vf>(q.lse + first), delta = load<vf>(q.delta + first);
       vi lo{}, hi{}, gap_lo{}, gap_hi{};
@@ -164,7 +164,7 @@ class Backward {
           lo[lane] = row.lo, hi[lane] = row.hi, gap_lo[lane] = row.gap_lo, gap_hi[lane] = row.gap_hi;
         }
       }
-      for (int r = 0; r < kPanel; r += Engine::pair) {
+      for (int r = 0; r < keys; r += Engine::pair) {
         vf ds[Engine::pair];
 #pragma GCC unroll 2
         for (int e = 0; e < Engine::pair; ++e) {
@@ -213,25 +213,30 @@ class Backward {
     const Span& span = q.spans[i];
     if (!span.closed(from, from + kPanel)) {
       const E *kj = k.k + static_cast<size_t>(from) * n_.staged, *vj = k.v + static_cast<size_t>(from) * n_.staged;
-      Engine::gemm(rt_, kPanel, kPanel, n_.depth, kj, n_.staged, q.qt + i * n_.transposed_panel(), kPanel, w.s, kPanel,
+      // The last panels may be short: 16 is the step of a product's columns and, paired, of its depth.
+      const int keys = min_int(kPanel, round_up(p_.keys - from, 16));
+      const int queries = min_int(kPanel, round_up(p_.queries - i * kPanel, 16));
+      Engine::gemm(rt_, keys, queries, n_.depth, kj, n_.staged, q.qt + i * n_.transposed_panel(), kPanel, w.s, kPanel,
                    false);
-      Engine::gemm(rt_, kPanel, kPanel, n_.depth, vj, n_.staged, q.dot + i * n_.transposed_panel(), kPanel, w.dp,
-                   kPanel, false);
-      const bool masked = !span.open(from, from + kPanel), drop = p_.dropout.on();
+      Engine::gemm(rt_, keys, queries, n_.depth, vj, n_.staged, q.dot + i * n_.transposed_panel(), kPanel, w.dp, kPanel,
+                   false);
+      const bool masked = !span.open(from, from + keys), drop = p_.dropout.on();
       if (drop) draw_tile(w, p_.sample(b), b, h, i, from);
       if (masked) {
-        drop ? probabilities<true, true>(w, q, i, from) : probabilities<true, false>(w, q, i, from);
+        drop ? probabilities<true, true>(w, q, i, from, keys, queries)
+             : probabilities<true, false>(w, q, i, from, keys, queries);
       } else {
-        drop ? probabilities<false, true>(w, q, i, from) : probabilities<false, false>(w, q, i, from);
+        drop ? probabilities<false, true>(w, q, i, from, keys, queries)
+             : probabilities<false, false>(w, q, i, from, keys, queries);
       }
       if (want_keys) {
-        multiply_rows<Engine>(rt_, kPanel, kPanel, w.p, kPanel, q.dout + n_.packed(i * kPanel), kPanel, 0, n_.width,
+        multiply_rows<Engine>(rt_, keys, queries, w.p, kPanel, q.dout + n_.packed(i * kPanel), kPanel, 0, n_.width,
                               w.dv, true);
-        multiply_rows<Engine>(rt_, kPanel, kPanel, w.ds, kPanel, q.q + n_.packed(i * kPanel), kPanel, 0, n_.width, w.dk,
+        multiply_rows<Engine>(rt_, keys, queries, w.ds, kPanel, q.q + n_.packed(i * kPanel), kPanel, 0, n_.width, w.dk,
                               true);
       }
       if (want_queries)
-        Engine::gemm(rt_, n_.width, kPanel, kPanel, k.kt + static_cast<size_t>(from) * n_.staged, kPanel, w.ds_right,
+        Engine::gemm(rt_, n_.width, queries, keys, k.kt + static_cast<size_t>(from) * n_.staged, kPanel, w.ds_right,
                      kPanel, dq, kPanel, true);
     }
     own_rows(q, w, b, g, h, i, j, dq, want_keys, want_queries);

@@ -8,8 +8,8 @@ namespace rmt::RMT_ISA {
 template <class Engine, class T>
 class Forward {
   using E = typename Engine::elem;
-  static constexpr int kRows = 48;           // query rows of a tile: eight times the six rows of a strip
-  static constexpr int kBlock = 4 * kPanel;  // keys between two rescalings of the output
+  static constexpr int kRows = Engine::tile_rows;
+  static constexpr int kBlock = 8 * kPanel;  // keys between two rescalings of the output
 
   struct Packed {    // keys and values of one (batch, key/value head)
     E* keys;         // [panels][staged / pair][64][pair]: K^T
@@ -131,7 +131,7 @@ class Forward {
     const Span span = span_of(w.rows, count);
     int panel = span.lo / kPanel;
     while (panel * kPanel < span.hi) {
-      // A block: up to four panels side by side that some row sees.
+      // A block: up to eight panels side by side that some row sees.
       const int from = panel * kPanel;
       int to = from;
       while (to < span.hi && to - from < kBlock && !span.closed(to, to + kPanel)) to += kPanel;

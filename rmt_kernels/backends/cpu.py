@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from rmt_kernels import ops
@@ -14,11 +16,17 @@ try:
 
     why_missing = ""
 except ImportError as error:
-    why_missing = f"the compiled CPU module is missing or was refused ({error}); build it with: pip install ."
+    found = importlib.util.find_spec("rmt_kernels._cpu")
+    why_missing = (
+        "the compiled CPU module was not built" if found is None else f"the compiled CPU module does not load ({error})"
+    ) + "; build it with: pip install --no-build-isolation ."
 else:
     built, here = _cpu.built_with_torch(), torch.__version__.split("+")[0]
     if built != here:
-        why_missing = f"the CPU module was built with torch {built} and this is torch {here}; rebuild: pip install ."
+        why_missing = (
+            f"the CPU module was built with torch {built} and this is torch {here}; rebuild it with: "
+            "pip install --no-build-isolation ."
+        )
     else:
         ops.register_kernels("cpu", _cpu.forward, _cpu.backward)
 
@@ -44,5 +52,6 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     cache_key, cache_value = call.cache or (None, None)
     return ops.forward(
         call.query, call.key, call.value, cache_key, cache_value, call.token_lengths, call.token_starts,
-        call.cache_starts, call.query_start, call.seed, [], call.layout.ints, call.scale, call.dropout_p, "", "cpu",
+        call.cache_starts, call.query_start, call.seed, None, None, None, call.layout.ints, call.scale, call.dropout_p,
+        "", "cpu",
     )  # fmt: skip

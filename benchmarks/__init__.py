@@ -1,0 +1,1 @@
+"""Benchmarks of rmt_kernels against stock PyTorch: ``python -m benchmarks`` runs them and writes a report."""

@@ -1,0 +1,123 @@
+"""Every backend runs every case of the shared suite."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.cases import PUBLISHED
+from benchmarks.cases import Case as PublishedCase
+from rmt_kernels import SegmentLayout
+from rmt_kernels.backends import cpu
+from tests.draws import NAMED, draw
+from tests.suite import BACKENDS, BF16, F32, KERNELS, Backend, Case, check, make, on_backend, refusal, results
+
+pytestmark = pytest.mark.usefixtures("nan_memory")
+FAST, MANY = range(60), range(60, 600)
+
+
+def backends(given: tuple[Backend, ...] = BACKENDS) -> Any:
+    """The innermost parameter, so that what is expected of a case is computed once for all of them."""
+    return pytest.mark.parametrize("backend", given, ids=lambda backend: backend.name)
+
+
+def run(case: Case, backend: Backend) -> None:
+    if backend.device != "cpu" and not torch.cuda.is_available():
+        pytest.skip(f"no device {backend.device}")
+    problem = make(case, backend.device)
+    with_lse = backend.kernels or refusal(backend.name, problem, True) is None
+    if not with_lse and case.grads == "lse":
+        pytest.skip(str(refusal(backend.name, problem, True)))
+    reason = refusal(backend.name, problem, with_lse)
+    if reason is not None:
+        pytest.skip(reason)
+    check(case, results(problem, on_backend(backend.name, with_lse), None, with_lse), with_lse, backend.factor)
+
+
+@backends()
+@pytest.mark.parametrize("name", NAMED)
+def test_named(name: str, backend: Backend) -> None:
+    run(NAMED[name], backend)
+
+
+def labelled(numbers: range) -> list[Any]:
+    return [pytest.param(number, id=f"{number}-{draw(number).label}") for number in numbers]
+
+
+@backends()
+@pytest.mark.parametrize("number", labelled(FAST))
+def test_drawn(number: int, backend: Backend) -> None:
+    run(draw(number), backend)
+
+
+@pytest.mark.slow
+@backends()
+@pytest.mark.parametrize("number", MANY)
+def test_drawn_many(number: int, backend: Backend) -> None:
+    run(draw(number), backend)
+
+
+def published(case: PublishedCase, dtype: torch.dtype, batch: int, kv_heads: int) -> Case:
+    return Case(
+        case.layout, min(case.batch, batch), min(case.kv_heads, kv_heads), case.heads // case.kv_heads, case.head_dim,
+        dtype, strides="projected",
+    )  # fmt: skip
+
+
+@backends()
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("case", PUBLISHED, ids=lambda case: case.name)
+def test_published(case: PublishedCase, dtype: torch.dtype, backend: Backend) -> None:
+    """Few samples and heads: kernels are batch-invariant, so the others hold nothing new."""
+    run(published(case, dtype, batch=2, kv_heads=1), backend)
+
+
+@pytest.mark.slow
+@backends()
+@pytest.mark.parametrize("case", PUBLISHED, ids=lambda case: case.name)
+def test_published_whole(case: PublishedCase, backend: Backend) -> None:
+    run(published(case, BF16, case.batch, case.kv_heads), backend)
+
+
+@backends(KERNELS)
+def test_kernels_serve_everything(backend: Backend) -> None:
+    """A kernel backend that works here must refuse no case, or the tests above would skip in silence."""
+    if backend.name == "cpu" and cpu.why_missing:
+        pytest.skip(cpu.why_missing)
+    every = [*NAMED.values(), *(draw(number) for number in (*FAST, *MANY))]
+    refused = {case.label: refusal(backend.name, make(case), True) for case in every}
+    assert {label: reason for label, reason in refused.items() if reason} == {}
+
+
+CACHED = SegmentLayout.rmt_decoder(97, 8, cache=65)
+
+
+@backends(KERNELS)
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(CACHED, batch=3, group=2, head_dim=41),
+        Case(CACHED, batch=3, padding="right", stale=True, dropout_p=0.2),
+        Case(SegmentLayout.rmt_decoder(97, 8, cache=65, window=30), batch=3, padding="left", stale=True),
+        Case(CACHED.decoding(3), batch=3, start=True, stale=True, head_dim=64),
+        Case(SegmentLayout.rmt_decoder(40, 8, cache=1, read_cache=True)),
+    ],
+    ids=lambda case: case.label,
+)
+def test_cache_apart_is_bit_equal(case: Case, dtype: torch.dtype, backend: Backend) -> None:
+    """A cache given apart gives the same bits as one concatenated with the other keys."""
+    case = replace(case, dtype=dtype)
+    joined, apart = make(case, backend.device), make(replace(case, apart=True), backend.device)
+    reason = refusal(backend.name, apart, True)
+    if reason is not None:
+        pytest.skip(reason)
+    a, b = results(joined, on_backend(backend.name)), results(apart, on_backend(backend.name))
+    for name in ("key", "value"):
+        b[f"grad {name}"] = torch.cat([b.pop(f"grad cache_{name}"), b[f"grad {name}"]], dim=2)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name

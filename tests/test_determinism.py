@@ -1,0 +1,128 @@
+"""Kernel backends repeat themselves bit for bit: over calls, threads, batches and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from rmt_kernels import SegmentLayout
+from tests.draws import draw
+from tests.suite import BF16, F16, F32, KERNELS, Backend, Case, Problem, Results, make, on_backend, refusal, results
+
+pytestmark = pytest.mark.usefixtures("nan_memory")
+
+DECODER = SegmentLayout.rmt_decoder(150, 10, cache=65)
+CASES = {
+    "long": Case(SegmentLayout.rmt_decoder(500, 16), batch=2, kv_heads=2, head_dim=64),
+    "long bf16": Case(SegmentLayout.rmt_decoder(500, 16), batch=2, kv_heads=2, head_dim=64, dtype=BF16),
+    "grouped": Case(DECODER, batch=3, kv_heads=2, group=3, head_dim=41, padding="right", stale=True),
+    "grouped bf16": Case(DECODER, batch=3, kv_heads=2, group=4, head_dim=64, dtype=BF16, padding="left", apart=True),
+    "dropout": Case(DECODER, batch=3, kv_heads=3, group=2, dropout_p=0.2, padding="right"),
+    "dropout f16": Case(DECODER, batch=3, kv_heads=3, group=2, dropout_p=0.2, dtype=F16, strides="projected"),
+    "window": Case(SegmentLayout.rmt_decoder(150, 10, cache=65, window=40), batch=3, padding="left", group=2),
+    "slots": Case(SegmentLayout.memformer_write(200, 33), batch=3, padding="right", dtype=BF16, head_dim=64),
+    "decoding": Case(DECODER.decoding(), batch=3, kv_heads=2, group=4, start=True, dtype=BF16, head_dim=64),
+    **{str(number): draw(number) for number in range(20)},
+}
+
+
+@pytest.fixture(params=KERNELS, ids=lambda backend: backend.name)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    chosen: Backend = request.param
+    return chosen
+
+
+@pytest.fixture(params=CASES)
+def problem(request: pytest.FixtureRequest, backend: Backend) -> Problem:
+    made = make(CASES[request.param], backend.device)
+    reason = refusal(backend.name, made, True)
+    if reason is not None:
+        pytest.skip(reason)
+    return made
+
+
+def assert_same_bits(a: Results, b: Results) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), f"{name}: {int((a[name] != b[name]).sum())} of {a[name].numel()} differ"
+
+
+def test_repeats(problem: Problem, backend: Backend) -> None:
+    first = results(problem, on_backend(backend.name))
+    for _ in range(3):
+        assert_same_bits(first, results(problem, on_backend(backend.name)))
+
+
+def test_threads(problem: Problem, backend: Backend) -> None:
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(results(problem, on_backend(backend.name)))
+    assert_same_bits(found[0], found[1])
+    assert_same_bits(found[0], found[2])
+
+
+def part(problem: Problem, batch: slice, kv_heads: slice) -> Problem:
+    """The same call on some samples and some key/value heads with their query heads."""
+    group = problem.case.group
+    heads = slice(kv_heads.start * group, kv_heads.stop * group)
+    options = {
+        name: value[batch] if isinstance(value, torch.Tensor) and name != "seed" else value
+        for name, value in problem.options.items()
+    }
+    inputs = {
+        name: tensor[batch, heads if name == "query" else kv_heads] for name, tensor in problem.inputs.items()
+    }
+    grad_out = None if problem.grad_out is None else problem.grad_out[batch, heads]
+    grad_lse = None if problem.grad_lse is None else problem.grad_lse[batch, heads]
+    return Problem(problem.case, inputs, options, grad_out, grad_lse)
+
+
+def parts(problem: Problem) -> Iterator[tuple[slice, slice]]:
+    """One sample or one head group at a time. Dropout counts samples and heads from the first of the call."""
+    case = problem.case
+    every_head = slice(0, case.kv_heads)
+    if case.dropout_p:
+        yield slice(0, 1), slice(0, 1)
+        return
+    for b in range(case.batch):
+        yield slice(b, b + 1), every_head
+    for h in range(case.kv_heads):
+        yield slice(0, case.batch), slice(h, h + 1)
+
+
+def test_batch_and_heads(problem: Problem, backend: Backend) -> None:
+    case = problem.case
+    whole = results(problem, on_backend(backend.name))
+    for batch, kv_heads in parts(problem):
+        alone = results(part(problem, batch, kv_heads), on_backend(backend.name))
+        heads = slice(kv_heads.start * case.group, kv_heads.stop * case.group)
+        of_queries = ("out", "lse", "grad query")
+        cut = {name: tensor[batch, heads if name in of_queries else kv_heads] for name, tensor in whole.items()}
+        assert_same_bits(alone, cut)
+
+
+def test_strides_do_not_change_bits(problem: Problem, backend: Backend) -> None:
+    """What lies where in memory is no part of the result."""
+    plain = Problem(
+        problem.case, {name: tensor.contiguous() for name, tensor in problem.inputs.items()}, problem.options,
+        None if problem.grad_out is None else problem.grad_out.contiguous(), problem.grad_lse,
+    )  # fmt: skip
+    assert_same_bits(results(problem, on_backend(backend.name)), results(plain, on_backend(backend.name)))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
+def test_a_large_batch_is_its_samples(backend: Backend, dtype: torch.dtype) -> None:
+    """More samples than threads, in a batch of every size: scheduling must not reach the arithmetic."""
+    layout = SegmentLayout.rmt_decoder(70, 5)
+    whole = make(Case(layout, batch=17, kv_heads=1, group=2, dtype=dtype, head_dim=16), backend.device)
+    reason = refusal(backend.name, whole, True)
+    if reason is not None:
+        pytest.skip(reason)
+    torch.set_num_threads(2)
+    every = results(whole, on_backend(backend.name))
+    for size in (1, 2, 3, 5, 16):
+        some = results(part(whole, slice(0, size), slice(0, 1)), on_backend(backend.name))
+        assert_same_bits(some, {name: tensor[:size] for name, tensor in every.items()})
