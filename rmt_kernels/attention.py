@@ -12,7 +12,7 @@ import torch
 
 from rmt_kernels.backends import cpu, reference, stock
 from rmt_kernels.backends.call import Call
-from rmt_kernels.layout import Region, SegmentLayout
+from rmt_kernels.layout import SegmentLayout
 
 __all__ = ["Explanation", "explain", "segment_attention"]
 
@@ -224,7 +224,7 @@ def _checked(
         raise ValueError(f"query must have the layout's {layout.num_queries} rows, got {rows}")
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(f"query: heads must be a positive multiple of key's heads, got {heads} and {kv_heads}")
-    given_apart = 0 if cache is None else layout.key_size(Region.CACHE)
+    given_apart = 0 if cache is None else layout.key_sizes[0]
     shape = (batch, kv_heads, layout.num_keys - given_apart, head_dim)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape != shape:
@@ -258,22 +258,21 @@ def _checked(
 
     if token_lengths is not None and token_starts is not None:
         raise ValueError("token_starts: padding is at one end of TOKENS; give token_lengths or token_starts, not both")
-    per_batch = [
-        None if given is None else _per_batch(name, given, batch, query.device)
-        for name, given in (
-            ("token_lengths", token_lengths), ("token_starts", token_starts), ("cache_starts", cache_starts),
-            ("query_start", query_start),
-        )
-    ]  # fmt: skip
-    if query_start is not None and any(
-        form.rows for region, form in zip((Region.READ, Region.TOKENS, Region.WRITE), layout.forms, strict=True)
-        if region is not Region.TOKENS
-    ):  # fmt: skip
+    token_lengths = _per_batch("token_lengths", token_lengths, batch, query.device)
+    token_starts = _per_batch("token_starts", token_starts, batch, query.device)
+    cache_starts = _per_batch("cache_starts", cache_starts, batch, query.device)
+    query_start = _per_batch("query_start", query_start, batch, query.device)
+    if query_start is not None and (layout.forms[0].rows or layout.forms[2].rows):
         raise ValueError("query_start needs a layout whose queries are TOKENS alone: use layout.decoding(rows)")
-    return Call(query, key, value, layout, cache, float(scale), *per_batch, float(dropout_p), seed, return_lse)
+    return Call(
+        query, key, value, layout, cache, float(scale), token_lengths, token_starts, cache_starts, query_start,
+        float(dropout_p), seed, return_lse,
+    )  # fmt: skip
 
 
-def _per_batch(name: str, given: torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:
+def _per_batch(name: str, given: torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor | None:
+    if given is None:
+        return None
     if not isinstance(given, torch.Tensor) or given.dtype not in (torch.int32, torch.int64):
         kind = given.dtype if isinstance(given, torch.Tensor) else type(given).__name__
         raise TypeError(f"{name} must be an int32 tensor of shape (batch,), got {kind}")

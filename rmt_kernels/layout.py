@@ -111,6 +111,7 @@ class SegmentLayout:
     skip: int = 0
     name: str = field(default="custom", compare=False)
     forms: tuple[RowForm, RowForm, RowForm] = field(init=False, repr=False, compare=False)
+    key_sizes: tuple[int, int, int, int] = field(init=False, repr=False, compare=False)
     ints: tuple[int, ...] = field(init=False, repr=False, compare=False)
     num_queries: int = field(init=False, repr=False, compare=False)
     num_keys: int = field(init=False, repr=False, compare=False)
@@ -131,13 +132,15 @@ class SegmentLayout:
                     f"window={self.window} needs the rule ('tokens', 'tokens'): Rule.CAUSAL and 'tokens' among the "
                     f"keys, got {rule.name} and keys {[_region('keys', r).name.lower() for r in self.keys]}"
                 )
+        sizes = (self.cache, self.read, self.tokens, self.write)
+        put(self, "key_sizes", tuple(n if region in self.keys else 0 for region, n in zip(Region, sizes, strict=True)))
         put(self, "forms", tuple(self._form(region) for region in _QUERY_REGIONS))
         total = sum(form.rows for form in self.forms)
         if self.skip > total:
             raise ValueError(f"skip={self.skip} is more than the layout's {total} query rows")
         put(self, "num_queries", total - self.skip)
-        put(self, "num_keys", sum(self.key_size(region) for region in Region))
-        ints = [self.key_size(region) for region in Region] + [self.tokens, self.window or 0, self.skip]
+        put(self, "num_keys", sum(self.key_sizes))
+        ints = [*self.key_sizes, self.tokens, self.window or 0, self.skip]
         for form in self.forms:
             ints += [form.rows, form.lo, form.hi, form.step, form.own]
         put(self, "ints", tuple(ints))
@@ -268,12 +271,11 @@ class SegmentLayout:
 
     def key_size(self, region: Region | str) -> int:
         """Key rows of ``region``: 0 where the layout leaves it out of its keys."""
-        region = _region("region", region)
-        return self.size(region) if region in self.keys else 0
+        return self.key_sizes[_region("region", region)]
 
     def key_offset(self, region: Region | str) -> int:
         """Index of the first key row of ``region``."""
-        return sum(self.key_size(Region(r)) for r in range(_region("region", region)))
+        return sum(self.key_sizes[: _region("region", region)])
 
     def query_offset(self, region: Region | str) -> int:
         """Index of the first query row of ``region``, leading rows skipped by :meth:`last` counted."""

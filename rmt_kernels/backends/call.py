@@ -41,7 +41,7 @@ def check_values(call: Call) -> None:
     limits = (
         ("token_lengths", call.token_lengths, layout.tokens),
         ("token_starts", call.token_starts, layout.tokens),
-        ("cache_starts", call.cache_starts, layout.key_size("cache")),
+        ("cache_starts", call.cache_starts, layout.key_sizes[0]),
         ("query_start", call.query_start, layout.tokens - layout.num_queries),
     )
     for name, values, most in limits:

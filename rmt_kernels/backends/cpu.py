@@ -50,8 +50,9 @@ def supports(call: Call) -> str | None:
 def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)`` by the kernels."""
     cache_key, cache_value = call.cache or (None, None)
-    return ops.forward(
+    found: tuple[torch.Tensor, torch.Tensor] = ops.forward(
         call.query, call.key, call.value, cache_key, cache_value, call.token_lengths, call.token_starts,
         call.cache_starts, call.query_start, call.seed, None, None, None, call.layout.ints, call.scale, call.dropout_p,
         "", "cpu",
     )  # fmt: skip
+    return found
