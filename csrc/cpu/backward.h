@@ -3,7 +3,9 @@
 // A tile holds keys as rows and queries as columns, so that per-query numbers (lse, delta) are vectors:
 //   S^T = K Q^T, dP^T = V dO^T, P^T = exp2(c S^T - lse2), dS^T = P^T (dP^T - delta),
 //   dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T.
-// Tile (i, j) of queries and keys is added to dK_j, dV_j in ascending i and to dQ_i in ascending j, whoever runs it.
+// Tile (i, j) of queries and keys is added to dK_j, dV_j in ascending i and to dQ_i in ascending j, whoever runs it:
+// by a thread that owns the head and keeps all of dQ^T, or, where there are fewer heads than threads, by one thread for
+// the column (dK, dV) and another for the row (dQ), each recomputing the tile.
 #pragma once
 
 #include "tile.h"
@@ -13,6 +15,8 @@ namespace rmt::RMT_ISA {
 template <class Engine, class T>
 class Backward {
   using E = typename Engine::elem;
+  static constexpr int kRun = 4 * kPanel;  // queries whose tiles are added to dK and dV at once
+  static constexpr int kStride = kRun + 16;  // of a run in memory: a power of two would crowd a few cache sets
 
   struct KeySide {  // of one (batch, key/value head)
     E *k, *v;       // (keys, staged)
@@ -20,7 +24,7 @@ class Backward {
   };
   struct QuerySide {   // of one (batch, query head)
     E *qt, *dot;       // [panels][staged / pair][64][pair]: Q^T and dO^T
-    E *q, *dout;       // [panels][width panels][64 / pair][columns][pair]: Q and dO
+    E *q, *dout;       // [width panels][queries / pair][columns][pair]: Q and dO
     float *lse, *delta;  // (queries): lse in log2 units, +inf where the row sees nothing; delta - grad of lse
     float* dq;           // [panels](width, 64): dQ^T
     Row* rows;           // (queries)
@@ -28,8 +32,8 @@ class Backward {
   };
   struct Workspace {    // of one thread
     E* stage;           // (64, staged)
-    float *s, *dp;      // (64, 64)
-    E *p, *ds;          // (64, 64): P^T and dS^T as left operands
+    float *s, *dp;      // (64, run): S^T and dP^T
+    E *p, *ds;          // (64, run): P^T and dS^T as left operands
     E* ds_right;        // (64, 64): dS^T as right operand
     float *keep;        // (64, 64)
     float *dk, *dv;     // (64, width)
@@ -72,12 +76,12 @@ class Backward {
   Workspace carve_workspace(Arena& arena) const {
     Workspace w;
     w.stage = arena.take<E>(kPanel * n_.staged);
-    w.s = arena.take<float>(kPanel * kPanel);
-    w.dp = arena.take<float>(kPanel * kPanel);
+    w.s = arena.take<float>(kPanel * kStride);
+    w.dp = arena.take<float>(kPanel * kStride);
     const bool apart = sizeof(E) != 4;
-    w.p = apart ? arena.take<E>(kPanel * kPanel) : reinterpret_cast<E*>(w.s);
-    w.ds = apart ? arena.take<E>(kPanel * kPanel) : reinterpret_cast<E*>(w.dp);
-    w.ds_right = apart ? arena.take<E>(kPanel * kPanel) : w.ds;
+    w.p = apart ? arena.take<E>(kPanel * kStride) : reinterpret_cast<E*>(w.s);
+    w.ds = apart ? arena.take<E>(kPanel * kStride) : reinterpret_cast<E*>(w.dp);
+    w.ds_right = apart ? arena.take<E>(kPanel * kPanel) : nullptr;
     w.keep = arena.take<float>(kPanel * kPanel);
     w.dk = arena.take<float>(kPanel * n_.width);
     w.dv = arena.take<float>(kPanel * n_.width);
@@ -112,7 +116,7 @@ class Backward {
     return carve_workspace(arena);
   }
 
-  void pack_keys(const KeySide& to, int b, int g, const Live& live, int panel) const {
+  void pack_keys(const KeySide& to, const Workspace& w, int b, int g, const Live& live, int panel) const {
     const int from = panel * kPanel;
     const auto keys = head_of<T>(p_.key, p_.cache_key, p_.cache_rows, b, g);
     const auto values = head_of<T>(p_.value, p_.cache_value, p_.cache_rows, b, g);
@@ -120,8 +124,8 @@ class Backward {
     stage_panel(k, n_.staged, keys, from, p_.keys, p_.head_dim, live);
     stage_panel(to.v + static_cast<size_t>(from) * n_.staged, n_.staged, values, from, p_.keys, p_.head_dim, live);
     E* kt = to.kt + static_cast<size_t>(from) * n_.staged;
-    for (int d = 0; d < n_.staged; ++d)
-      for (int i = 0; i < kPanel; ++i) kt[d * kPanel + i] = k[i * n_.staged + d];
+    pack_transposed<Engine>(Engine::pair == 1 ? kt : w.stage, k, n_.staged);
+    if constexpr (Engine::pair == 2) part_pairs(kt, w.stage, n_.staged, kPanel);
   }
 
   void pack_queries(const QuerySide& to, const Workspace& w, int b, int h, int panel) const {
@@ -144,15 +148,16 @@ class Backward {
       const Rows<T> rows = head_of<T>(m, m, 0, b, h);
       stage_panel(w.stage, n_.staged, rows, from, p_.queries, p_.head_dim, sees);
       pack_transposed<Engine>(transposed + panel * n_.transposed_panel(), w.stage, n_.staged);
-      pack_rows<Engine>(plain + n_.packed(from), kPanel, 0, n_.width, w.stage, n_.staged);
+      pack_rows<Engine>(plain, n_.queries, from, n_.width, w.stage, n_.staged);
     };
     pack(p_.query, to.qt, to.q);
     pack(p_.grad_out, to.dot, to.dout);
   }
 
-  // P^T and dS^T of a tile from S^T and dP^T, elementwise; `from` is its first key.
+  // P^T and dS^T of a tile from S^T and dP^T, elementwise, in columns [at, at + queries) of the run; `from` is its first
+  // key.
   template <bool Masked, bool Drop>
-  void probabilities(const Workspace& w, const QuerySide& q, int i, int from, int keys, int queries) const {
+  void probabilities(const Workspace& w, const QuerySide& q, int i, int from, int keys, int queries, int at) const {
     const float rescale = Drop ? p_.dropout.rescale() : 1.0f;
     for (int col = 0; col < queries; col += W) {
       const int first = i * kPanel + col;
@@ -168,25 +173,25 @@ class Backward {
         vf ds[Engine::pair];
 #pragma GCC unroll 2
         for (int e = 0; e < Engine::pair; ++e) {
-          const int at = (r + e) * kPanel + col;
-          vf p = exp2<Engine::exp_degree>(load<vf>(w.s + at) * c_ - lse);
+          const int x = (r + e) * kStride + at + col;
+          vf p = exp2<Engine::exp_degree>(load<vf>(w.s + x) * c_ - lse);
           if constexpr (Masked) {
             const vi key = splat(from + r + e);
             p = ((key >= lo) & (key < hi) & ~((key >= gap_lo) & (key < gap_hi))) ? p : vf{};
           }
-          vf dp = load<vf>(w.dp + at), dropped = p;
+          vf dp = load<vf>(w.dp + x), dropped = p;
           if constexpr (Drop) {
-            const vf keep = load<vf>(w.keep + at) * rescale;
+            const vf keep = load<vf>(w.keep + (r + e) * kPanel + col) * rescale;
             dp *= keep;
             dropped *= keep;
           }
           ds[e] = p * (dp - delta) * p_.scale;
-          narrow(w.p + at, dropped);
-          narrow(w.ds + at, ds[e]);
+          narrow(w.p + x, dropped);
+          narrow(w.ds + x, ds[e]);
         }
         if constexpr (Engine::pair == 2) {
-          const vu even = __builtin_convertvector(load<vh>(w.ds + r * kPanel + col), vu);
-          const vu odd = __builtin_convertvector(load<vh>(w.ds + (r + 1) * kPanel + col), vu);
+          const vu even = __builtin_convertvector(load<vh>(w.ds + r * kStride + at + col), vu);
+          const vu odd = __builtin_convertvector(load<vh>(w.ds + (r + 1) * kStride + at + col), vu);
           store(reinterpret_cast<uint32_t*>(w.ds_right + r * kPanel) + col, even | odd << 16);
         }
       }
@@ -207,44 +212,36 @@ class Backward {
     }
   }
 
-  void tile(const KeySide& k, const QuerySide& q, const Workspace& w, int b, int g, int h, int i, int j, float* dq,
-            bool want_keys, bool want_queries) const {
-    const int from = j * kPanel;
-    const Span& span = q.spans[i];
-    if (!span.closed(from, from + kPanel)) {
-      const E *kj = k.k + static_cast<size_t>(from) * n_.staged, *vj = k.v + static_cast<size_t>(from) * n_.staged;
-      // The last panels may be short: 16 is the step of a product's columns and, paired, of its depth.
-      const int keys = min_int(kPanel, round_up(p_.keys - from, 16));
-      const int queries = min_int(kPanel, round_up(p_.queries - i * kPanel, 16));
-      Engine::gemm(rt_, keys, queries, n_.depth, kj, n_.staged, q.qt + i * n_.transposed_panel(), kPanel, w.s, kPanel,
-                   false);
-      Engine::gemm(rt_, keys, queries, n_.depth, vj, n_.staged, q.dot + i * n_.transposed_panel(), kPanel, w.dp, kPanel,
-                   false);
-      const bool masked = !span.open(from, from + keys), drop = p_.dropout.on();
-      if (drop) draw_tile(w, p_.sample(b), b, h, i, from);
-      if (masked) {
-        drop ? probabilities<true, true>(w, q, i, from, keys, queries)
-             : probabilities<true, false>(w, q, i, from, keys, queries);
-      } else {
-        drop ? probabilities<false, true>(w, q, i, from, keys, queries)
-             : probabilities<false, false>(w, q, i, from, keys, queries);
-      }
-      if (want_keys) {
-        multiply_rows<Engine>(rt_, keys, queries, w.p, kPanel, q.dout + n_.packed(i * kPanel), kPanel, 0, n_.width,
-                              w.dv, true);
-        multiply_rows<Engine>(rt_, keys, queries, w.ds, kPanel, q.q + n_.packed(i * kPanel), kPanel, 0, n_.width, w.dk,
-                              true);
-      }
-      if (want_queries)
-        Engine::gemm(rt_, n_.width, queries, keys, k.kt + static_cast<size_t>(from) * n_.staged, kPanel, w.ds_right,
-                     kPanel, dq, kPanel, true);
+  int query_count(int i) const { return min_int(kPanel, round_up(p_.queries - i * kPanel, 16)); }
+  int key_count(int j) const { return min_int(kPanel, round_up(p_.keys - j * kPanel, 16)); }
+
+  // Tile (i, j): P^T and dS^T into columns [at, ...) of the run, and dQ^T where it is wanted.
+  void tile(const KeySide& k, const QuerySide& q, const Workspace& w, int b, int h, int i, int j, int at,
+            float* dq) const {
+    // The last panels may be short: 16 is the step of a product's columns and, paired, of its depth.
+    const int from = j * kPanel, keys = key_count(j), queries = query_count(i);
+    const E *kj = k.k + static_cast<size_t>(from) * n_.staged, *vj = k.v + static_cast<size_t>(from) * n_.staged;
+    const E *qt = q.qt + i * n_.transposed_panel(), *dot = q.dot + i * n_.transposed_panel();
+    Engine::gemm(rt_, keys, queries, n_.depth, kj, n_.staged, qt, kPanel, w.s + at, kStride, false);
+    Engine::gemm(rt_, keys, queries, n_.depth, vj, n_.staged, dot, kPanel, w.dp + at, kStride, false);
+    const bool masked = !q.spans[i].open(from, from + keys), drop = p_.dropout.on();
+    if (drop) draw_tile(w, p_.sample(b), b, h, i, from);
+    if (masked) {
+      drop ? probabilities<true, true>(w, q, i, from, keys, queries, at)
+           : probabilities<true, false>(w, q, i, from, keys, queries, at);
+    } else {
+      drop ? probabilities<false, true>(w, q, i, from, keys, queries, at)
+           : probabilities<false, false>(w, q, i, from, keys, queries, at);
     }
-    own_rows(q, w, b, g, h, i, j, dq, want_keys, want_queries);
+    if (!dq) return;
+    const bool apart = Engine::pair == 2;
+    Engine::gemm(rt_, n_.width, queries, keys, k.kt + static_cast<size_t>(from) * n_.staged, kPanel,
+                 apart ? w.ds_right : w.ds + at, apart ? kPanel : kStride, dq, kPanel, true);
   }
 
   // SELF entries of query panel i whose key lies in key panel j, row by row.
-  void own_rows(const QuerySide& q, const Workspace& w, int b, int g, int h, int i, int j, float* dq, bool want_keys,
-                bool want_queries) const {
+  void own_rows(const QuerySide& q, const Workspace& w, int b, int g, int h, int i, int j, float* dq,
+                bool want_keys) const {
     const Sample sample = p_.sample(b);
     for (int c = 0; c < kPanel; ++c) {
       const int at = i * kPanel + c, own = q.rows[at].own;
@@ -260,7 +257,7 @@ class Backward {
         add_scaled(w.dv + (own - j * kPanel) * n_.width, dout, p * keep, p_.head_dim);
         add_scaled(w.dk + (own - j * kPanel) * n_.width, query, ds, p_.head_dim);
       }
-      if (want_queries)
+      if (dq)
         for (int d = 0; d < p_.head_dim; ++d) dq[d * kPanel + c] += ds * widen_one(key[d]);
     }
   }
@@ -289,9 +286,25 @@ class Backward {
     memset(w.dv, 0, sizeof(float) * kPanel * n_.width);
     for (int x = 0; x < p_.group(); ++x) {
       const QuerySide q = query_side(slot, x);
+      const int h = g * p_.group() + x;
+      for (int i = 0; i < n_.query_panels;) {
+        // A run: up to four query panels side by side that see some key of panel j.
+        const int first = i;
+        int columns = 0;
+        for (; i < n_.query_panels && columns < kRun && !q.spans[i].closed(j * kPanel, (j + 1) * kPanel); ++i) {
+          tile(k, q, w, b, h, i, j, columns, with_queries ? q.dq + n_.packed(i * kPanel) : nullptr);
+          columns += query_count(i);
+        }
+        if (columns) {
+          multiply_rows<Engine>(rt_, key_count(j), columns, w.p, kStride, q.dout, n_.queries, first * kPanel, n_.width,
+                                w.dv, true);
+          multiply_rows<Engine>(rt_, key_count(j), columns, w.ds, kStride, q.q, n_.queries, first * kPanel, n_.width, w.dk,
+                                true);
+        }
+        if (i == first) ++i;
+      }
       for (int i = 0; i < n_.query_panels; ++i)
-        tile(k, q, w, b, g, g * p_.group() + x, i, j, with_queries ? q.dq + n_.packed(i * kPanel) : nullptr, true,
-             with_queries);
+        own_rows(q, w, b, g, h, i, j, with_queries ? q.dq + n_.packed(i * kPanel) : nullptr, true);
     }
     write_keys(w, b, g, j);
   }
@@ -301,7 +314,7 @@ class Backward {
     const Workspace w = workspace(thread);
     const KeySide k = key_side(thread);
     const Live live = live_of(p_, p_.sample(b));
-    for (int j = 0; j < n_.key_panels; ++j) pack_keys(k, b, g, live, j);
+    for (int j = 0; j < n_.key_panels; ++j) pack_keys(k, w, b, g, live, j);
     for (int x = 0; x < p_.group(); ++x) {
       const QuerySide q = query_side(thread, x);
       for (int i = 0; i < n_.query_panels; ++i) pack_queries(q, w, b, g * p_.group() + x, i);
@@ -319,7 +332,7 @@ class Backward {
     const int per_unit = n_.key_panels + p_.group() * n_.query_panels;
     const int u = item / per_unit, b = u / p_.kv_heads, g = u % p_.kv_heads;
     int x = item % per_unit;
-    if (x < n_.key_panels) return pack_keys(key_side(u), b, g, live_of(p_, p_.sample(b)), x);
+    if (x < n_.key_panels) return pack_keys(key_side(u), workspace(thread), b, g, live_of(p_, p_.sample(b)), x);
     x -= n_.key_panels;
     const int head = x / n_.query_panels;
     pack_queries(query_side(u, head), workspace(thread), b, g * p_.group() + head, x % n_.query_panels);
@@ -337,7 +350,10 @@ class Backward {
     const KeySide k = key_side(u);
     const QuerySide q = query_side(u, x);
     memset(w.dq, 0, sizeof(float) * kPanel * n_.width);
-    for (int j = 0; j < n_.key_panels; ++j) tile(k, q, w, b, g, g * p_.group() + x, i, j, w.dq, false, true);
+    for (int j = 0; j < n_.key_panels; ++j) {
+      if (!q.spans[i].closed(j * kPanel, (j + 1) * kPanel)) tile(k, q, w, b, g * p_.group() + x, i, j, 0, w.dq);
+      own_rows(q, w, b, g, g * p_.group() + x, i, j, w.dq, false);
+    }
     write_queries(w, w.dq, b, g * p_.group() + x, i);
     Engine::release(rt_);
   }

@@ -10,6 +10,7 @@ class Forward {
   using E = typename Engine::elem;
   static constexpr int kRows = Engine::tile_rows;
   static constexpr int kBlock = 8 * kPanel;  // keys between two rescalings of the output
+  static constexpr int kStride = kBlock + 16;  // of a block in memory: a power of two would crowd a few cache sets
 
   struct Packed {    // keys and values of one (batch, key/value head)
     E* keys;         // [panels][staged / pair][64][pair]: K^T
@@ -49,8 +50,8 @@ class Forward {
     Workspace w;
     w.stage = arena.take<E>(kPanel * n_.staged);
     w.q = arena.take<E>(kRows * n_.staged);
-    w.s = arena.take<float>(kRows * kBlock);
-    w.p = sizeof(E) == 4 ? reinterpret_cast<E*>(w.s) : arena.take<E>(kRows * kBlock);
+    w.s = arena.take<float>(kRows * kStride);
+    w.p = sizeof(E) == 4 ? reinterpret_cast<E*>(w.s) : arena.take<E>(kRows * kStride);
     w.o = arena.take<float>(kRows * n_.width);
     w.keep = arena.take<float>(kBlock);
     w.rows = arena.take<Row>(kRows);
@@ -142,11 +143,11 @@ class Forward {
 
       for (int j = 0; j < keys; j += kPanel)
         Engine::gemm(rt_, count, min_int(kPanel, keys - j), n_.depth, w.q, n_.staged,
-                     packed.keys + (from + j) / kPanel * n_.transposed_panel(), kPanel, w.s + j, kBlock, false);
+                     packed.keys + (from + j) / kPanel * n_.transposed_panel(), kPanel, w.s + j, kStride, false);
       const bool masked = !span.open(from, to), scaled_here = c_ <= 0.0f;
       for (int i = 0; i < count; ++i) {
-        float* s = w.s + i * kBlock;
-        E* p = w.p + i * kBlock;
+        float* s = w.s + i * kStride;
+        E* p = w.p + i * kStride;
         if (scaled_here)  // -inf times it would not be -inf
           for (int j = 0; j < keys; j += W) store(s + j, load<vf>(s + j) * c_);
         if (masked) mask_row(s, from, to, w.rows[i]);
@@ -160,7 +161,7 @@ class Forward {
           for (int j = 0; j < keys; j += W) narrow(p + j, widen(p + j) * load<vf>(w.keep + j));
         }
       }
-      multiply_rows<Engine>(rt_, count, keys, w.p, kBlock, packed.values, n_.keys, from, n_.width, w.o, true);
+      multiply_rows<Engine>(rt_, count, keys, w.p, kStride, packed.values, n_.keys, from, n_.width, w.o, true);
     }
 
     const float rescale = p_.dropout.on() ? p_.dropout.rescale() : 1.0f;

@@ -31,14 +31,16 @@ T* row_of(const Matrix& m, int b, int h, int64_t i) {
 // Copy `count` elements as E, zeros up to `width`. bfloat16 -> bfloat16 copies bits; all else passes through float.
 template <class E, class T>
 RMT_INLINE void stage_row(E* to, const T* from, int count, int width) {
+  int j = 0;
   if constexpr (sizeof(E) == sizeof(T)) {
-    memcpy(to, from, count * sizeof(E));
+    constexpr int step = sizeof(vf) / sizeof(E);
+    for (; j + step <= count; j += step) store(to + j, load<vf>(from + j));
+    if (j < count) memcpy(to + j, from + j, (count - j) * sizeof(E));
   } else {
-    int j = 0;
     for (; j + W <= count; j += W) narrow(to + j, widen(from + j));
     if (j < count) narrow_part(to + j, widen_part(from + j, count - j), count - j);
   }
-  memset(to + count, 0, (width - count) * sizeof(E));
+  if (count < width) memset(to + count, 0, (width - count) * sizeof(E));
 }
 
 template <int Block, int... Lane>
@@ -71,12 +73,25 @@ inline void transpose(uint32_t* to, int to_stride, const uint32_t* from, int fro
   }
 }
 
+// The columns of a transposed panel of pairs, [depth / 2][columns][2], as rows: to[depth][columns].
+inline void part_pairs(bf16* to, const bf16* from, int depth, int columns) {
+  for (int d = 0; d < depth; d += 2) {
+    const auto* words = reinterpret_cast<const uint32_t*>(from + d * columns);
+    for (int j = 0; j < columns; j += W) {
+      const vu pair = load<vu>(words + j);
+      store(to + d * columns + j, __builtin_convertvector(pair, vh));
+      store(to + (d + 1) * columns + j, __builtin_convertvector(pair >> 16, vh));
+    }
+  }
+}
+
 // Rows of E, side by side in pairs where the engine wants pairs: to[r / pair][ldb][pair] for `rows` rows.
 template <class Engine>
 inline void pair_rows(typename Engine::elem* to, int ldb, const typename Engine::elem* from, int stride, int rows,
                       int columns) {
   if constexpr (Engine::pair == 1) {
-    for (int r = 0; r < rows; ++r) memcpy(to + r * ldb, from + r * stride, columns * sizeof(float));
+    for (int r = 0; r < rows; ++r)
+      for (int j = 0; j < columns; j += W) store(to + r * ldb + j, load<vf>(from + r * stride + j));
   } else {
     for (int r = 0; r < rows; r += 2) {
       const bf16 *even = from + r * stride, *odd = even + stride;
