@@ -20,7 +20,7 @@ from rmt_kernels.backends.call import Call
 __all__ = ["CONTESTANTS", "Contestant", "computed_layout", "opponents", "plain_form"]
 
 Run = Callable[[], Tensor]
-_MOST_NAIVE_BYTES = 2**30  # one matrix of scores; naive attention holds several
+_MOST_BYTES = 2**30  # for one matrix of scores (naive attention holds several), or for the mask given to SDPA
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,16 @@ def _build_ours(case: Case, inputs: Inputs) -> Run:
     return lambda: segment_attention(inputs.query, inputs.key, inputs.value, case.layout, backend="cpu")
 
 
+def _too_large(what: str, size: int) -> str | None:
+    return f"{what} would take {size / 2**30:.1f} GiB" if size > _MOST_BYTES else None
+
+
+def _naive_objection(case: Case, dtype: torch.dtype, backward: bool) -> str | None:
+    return _too_large("one matrix of scores", case.score_bytes(dtype))
+
+
 def _dense_objection(case: Case, dtype: torch.dtype, backward: bool) -> str | None:
-    if case.score_bytes(dtype) > _MOST_NAIVE_BYTES:
-        return f"one matrix of scores would take {case.score_bytes(dtype) / 2**30:.1f} GiB"
-    return None
+    return _too_large("the mask", case.layout.num_queries * case.layout.num_keys * dtype.itemsize)
 
 
 def _split_objection(case: Case, dtype: torch.dtype, backward: bool) -> str | None:
@@ -167,16 +173,16 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant("split", "three-call split", _build_split, _split_objection),
         Contestant("plain", "plain SDPA", _build_plain, _plain_objection),
         Contestant("flex", "FlexAttention", _build_flex, _flex_objection),
-        Contestant("naive", "naive PyTorch", _build_naive, _dense_objection),
+        Contestant("naive", "naive PyTorch", _build_naive, _naive_objection),
     )
 }
 
 
-def opponents(case: Case) -> tuple[Contestant, ...]:
-    """The stock compositions that compute the case exactly and could be its fastest; not naive, not FlexAttention.
+def opponents(case: Case, dtype: torch.dtype) -> tuple[str, ...]:
+    """The stock ways that compute the case exactly and could be its fastest.
 
-    FlexAttention is measured on the target alone: on the CPU it is slower than SDPA, has no backward, and takes
-    seconds of compilation for every shape.
+    Not FlexAttention, which is measured on the target alone: on the CPU it has no backward, and it takes seconds of
+    compilation for every shape.
     """
-    candidates = (CONTESTANTS[name] for name in ("dense", "split", "plain"))
-    return tuple(c for c in candidates if c.same(case) and c.objection(case, torch.float32, True) is None)
+    able = (c for c in CONTESTANTS.values() if c.same(case) and c.objection(case, dtype, True) is None)
+    return tuple(c.name for c in able if c.name not in ("ours", "flex"))

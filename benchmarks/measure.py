@@ -84,7 +84,7 @@ def evaluate(
 def _pick(tensor: Tensor, kv_heads: int, pairs: Sequence[int]) -> Tensor:
     """(pairs, group, rows, head_dim): the chosen (batch row, key/value head) pairs, as batch rows of their own."""
     heads = tensor.detach().unflatten(1, (kv_heads, -1)).flatten(0, 1)
-    return heads.index_select(0, torch.tensor(pairs))
+    return torch.index_select(heads, 0, torch.tensor(pairs))
 
 
 @lru_cache(maxsize=4)
@@ -172,7 +172,14 @@ def _step(contestant: Contestant, case: Case, inputs: Inputs, backward: bool) ->
     return both
 
 
-def prepare(contestant: Contestant, case: Case, dtype: torch.dtype, backward: bool, entries: int = 2**22) -> Prepared:
+def prepare(
+    contestant: Contestant,
+    case: Case,
+    dtype: torch.dtype,
+    backward: bool,
+    entries: int = 2**22,
+    inputs: Inputs | None = None,
+) -> Prepared:
     """Build the contestant, check its result, and weigh its memory. One that cannot or is wrong has no ``step``."""
     prepared = Prepared(contestant, case, dtype, backward)
     reason = contestant.objection(case, dtype, backward)
@@ -180,7 +187,8 @@ def prepare(contestant: Contestant, case: Case, dtype: torch.dtype, backward: bo
         prepared.note = reason
         return prepared
     try:
-        step = _step(contestant, case, make_inputs(case, dtype, requires_grad=backward), backward)
+        inputs = make_inputs(case, dtype, requires_grad=backward) if inputs is None else inputs
+        step = _step(contestant, case, inputs, backward)
         results = step()
     except Exception as error:  # recorded and shown in place of a time: one contestant must not end the run
         prepared.note = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
@@ -249,28 +257,24 @@ def interleave(
     warmup: float,
     budget: float = float("inf"),
     least: int = 3,
-    every: Mapping[str, int] | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of each call, the contestants taking turns in one process, a different one first in each round.
 
     Runs ``warmup`` seconds unmeasured, then ``rounds`` rounds, or, where they exceed ``budget`` seconds, as many as
-    fit, at least ``least``. ``every={name: n}`` measures a slow contestant in every n-th round only.
+    fit, at least ``least``.
     """
-    names, every = list(steps), every or {}
+    names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     if not names:
         return seconds
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for name in every.keys() & steps.keys():
-            steps[name]()
         end = time.perf_counter() + warmup
         while True:
             for name in names:
-                if name not in every:
-                    steps[name]()
+                steps[name]()
             if time.perf_counter() >= end:
                 break
         begin = time.perf_counter()
@@ -278,8 +282,6 @@ def interleave(
             if turn >= least and time.perf_counter() - begin > budget:
                 break
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                if turn % every.get(name, 1):
-                    continue
                 start = time.perf_counter()
                 steps[name]()
                 seconds[name].append(time.perf_counter() - start)
@@ -327,7 +329,8 @@ def record(prepared: Prepared, seconds: Sequence[float] | None) -> dict[str, Any
         "same": prepared.contestant.same(case), "note": prepared.note,
         "match": None if prepared.check is None else prepared.check.ok,
         "errors": {} if prepared.check is None else prepared.check.errors,
-        "peak_bytes": prepared.peak, "seconds": None, "tflops": None, "tokens_per_second": None,
+        "peak_bytes": prepared.peak, "score_bytes": case.score_bytes(prepared.dtype),
+        "seconds": None, "tflops": None, "tokens_per_second": None,
     }  # fmt: skip
     if seconds:
         row["seconds"] = spread(seconds)
@@ -347,7 +350,6 @@ def measure(
     budget: float = float("inf"),
     least: int = 3,
     twice: bool = False,
-    every: Mapping[str, int] | None = None,
     entries: int = 2**22,
     tick: Callable[[], object] = lambda: None,
 ) -> list[dict[str, Any]]:
@@ -356,10 +358,11 @@ def measure(
     ``twice`` times ours a second time under the name "again": how far the two differ is the noise. The other keywords
     are those of :func:`interleave` and :func:`check`.
     """
-    prepared = {name: prepare(CONTESTANTS[name], case, dtype, backward, entries) for name in names}
+    inputs = make_inputs(case, dtype, requires_grad=backward)
+    prepared = {name: prepare(CONTESTANTS[name], case, dtype, backward, entries, inputs) for name in names}
     if twice and prepared["ours"].step is not None:
         contestant = replace(CONTESTANTS["ours"], name="again", label="rmt_kernels, measured again")
         prepared["again"] = replace(prepared["ours"], contestant=contestant)
     steps = {name: entry.step for name, entry in prepared.items() if entry.step is not None}
-    seconds = interleave(steps, rounds=rounds, warmup=warmup, budget=budget, least=least, every=every, tick=tick)
+    seconds = interleave(steps, rounds=rounds, warmup=warmup, budget=budget, least=least, tick=tick)
     return [record(entry, seconds.get(name)) for name, entry in prepared.items()]

@@ -148,6 +148,8 @@ def explain(
 
 
 def _choose(call: Call, backend: str) -> str:
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a str, got {type(backend).__name__}")
     if backend == "auto":
         for name in _AUTO:
             if _BACKENDS[name].supports(call) is None:
@@ -190,6 +192,8 @@ def _checked(
 ) -> Call:
     if not isinstance(layout, SegmentLayout):
         raise TypeError(f"layout must be a SegmentLayout, got {type(layout).__name__}")
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse must be True or False, got {type(return_lse).__name__}")
     if relative is not None:
         raise ValueError("relative: no backend serves distance-dependent scores yet; accepted: None")
     tensors = {"query": query, "key": key, "value": value}

@@ -437,6 +437,8 @@ class SegmentLayout:
 def _regions(argument: str, given: Iterable[Region | str], accepted: tuple[Region, ...]) -> tuple[Region, ...]:
     if isinstance(given, str):
         raise TypeError(f"{argument} must be a tuple of region names, got the string {given!r}; write ({given!r},)")
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{argument} must be a tuple of region names, got {type(given).__name__}")
     chosen = {_region(argument, value) for value in given}
     for region in chosen - set(accepted):
         raise ValueError(f"{argument}: {region.name} holds keys only; accepted: {[r.name.lower() for r in accepted]}")

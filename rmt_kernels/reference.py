@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from rmt_kernels.layout import Region, SegmentLayout
@@ -21,7 +23,7 @@ def segment_mask(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The mask of a call, bool (batch, queries, keys), and the layout row of each query, int64 (batch, queries)."""
     rows = torch.arange(layout.num_queries, device=device).expand(batch, -1) + layout.skip
-    whole = layout.last(layout.num_queries) if layout.skip == 0 else _unskipped(layout)
+    whole = replace(layout, skip=0) if layout.skip else layout
     first, tokens = layout.query_offset(Region.TOKENS), layout.tokens
     if query_start is not None:
         rows = first + query_start.long()[:, None] + torch.arange(layout.num_queries, device=device)
@@ -42,12 +44,6 @@ def segment_mask(
         stale = (keys < layout.key_size(Region.CACHE)) & (keys < cache_starts.long()[:, None])
         mask = mask & ~stale[:, None]
     return mask, rows
-
-
-def _unskipped(layout: SegmentLayout) -> SegmentLayout:
-    from dataclasses import replace
-
-    return replace(layout, skip=0)
 
 
 def reference_attention(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
-from rmt_kernels import Rule, SegmentLayout
+from rmt_kernels import Region, Rule, SegmentLayout
 from tests.suite import BF16, F16, F32, Case
 
 __all__ = ["NAMED", "PRESETS", "draw", "free_layout", "preset_layout"]
@@ -67,12 +68,12 @@ def free_layout(rng: random.Random) -> SegmentLayout:
     rows = tile_straddling(rng)
     while True:
         try:
-            return SegmentLayout(**free_table(rng, rows))  # type: ignore[arg-type]
+            return SegmentLayout(**free_table(rng, rows))
         except ValueError:
             continue
 
 
-def free_table(rng: random.Random, rows: Rows) -> dict[str, object]:
+def free_table(rng: random.Random, rows: Rows) -> dict[str, Any]:
     """The arguments of a random SegmentLayout, accepted or not."""
     names = ("read", "tokens", "write")
     rules = {
@@ -96,7 +97,7 @@ def draw(number: int) -> Case:
     start = False
     if layout.num_queries and rng.random() < 0.15:
         layout = layout.last(rng.randint(0, layout.num_queries))
-    elif layout.tokens and "tokens" in [query.name.lower() for query in layout.queries] and rng.random() < 0.15:
+    elif layout.tokens and Region.TOKENS in layout.queries and rng.random() < 0.15:
         layout, start = layout.decoding(rng.choice((1, rng.randint(1, layout.tokens)))), True
 
     batch, kv_heads, group = rng.choice((1, 2, 3)), rng.choice((1, 2)), rng.choice((1, 1, 2, 3, 4))
@@ -135,12 +136,15 @@ def _named() -> dict[str, Case]:
     }
     for region in ("cache", "read", "tokens", "write"):
         for size in (0, 1):
-            cases[f"{region} of {size}"] = Case(replace(decoder, **{region: size}))
+            sizes: dict[str, Any] = {region: size}
+            cases[f"{region} of {size}"] = Case(replace(decoder, **sizes))
     base = Case(decoder, batch=3, kv_heads=2, group=3, head_dim=64)
     cases |= {f"head_dim {d}": replace(base, batch=1, head_dim=d) for d in (*HEAD_DIMS, 2, 15, 17, 63, 65, 129, 255)}
     cases |= {f"group {n}": replace(base, group=n, dtype=BF16) for n in (1, 2, 3, 4)}
     cases |= {f"strides {s}": replace(base, strides=s) for s in ("projected", "sliced", "column", "expanded")}
-    cases |= {f"strides {s} bf16": replace(cases[f"strides {s}"], dtype=BF16) for s in ("projected", "sliced", "column")}
+    cases |= {
+        f"strides {s} bf16": replace(cases[f"strides {s}"], dtype=BF16) for s in ("projected", "sliced", "column")
+    }
     cases |= {f"gradient of {g}": replace(base, grads=g) for g in ("out", "lse", "sum")}
     cases |= {f"scale {s}": replace(base, scale=s) for s in (0.0, -0.125, 1.0, 2)}
     for padding in ("right", "left"):
@@ -164,6 +168,7 @@ def _named() -> dict[str, Case]:
             f"dropout {kind}": replace(case, dropout_p=0.25),
             f"dropout almost all {kind}": replace(case, dropout_p=0.99),
             f"large scores {kind}": replace(case, scores="large"),
+            f"huge scores {kind}": replace(case, scale=1024.0 if dtype is F16 else 2.0**40),
             f"low scores {kind}": replace(case, scores="low" if dtype is not F16 else "random", scale=-1.0),
             f"decoding one row {kind}": replace(case, layout=decoder.decoding(), start=True, apart=True),
             f"last row {kind}": replace(case, layout=decoder.last(1)),

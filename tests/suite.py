@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from rmt_kernels import Region, SegmentLayout, attention, reference_attention
-from rmt_kernels.backends.call import Call
 from rmt_kernels.philox import dropout_keep
 from rmt_kernels.reference import segment_mask
 
@@ -47,17 +46,18 @@ KERNELS = tuple(backend for backend in BACKENDS if backend.kernels)
 @contextmanager
 def nan_filled_memory() -> Iterator[None]:
     """``torch.empty`` and C++'s ``at::empty`` give NaN (the largest number for integers)."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
+        settings.fill_uninitialized_memory = before[1]
 
 
-# -- cases ---------------------------------------------------------------------------------------------------------------
+# -- cases -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,7 @@ def make(case: Case, device: str = "cpu") -> Problem:
             "query": query, "key": key[:, :, size:], "value": value[:, :, size:],
             "cache_key": key[:, :, :size], "cache_value": value[:, :, :size],
         }  # fmt: skip
-    inputs = {
-        name: _lay(tensor.to(case.dtype).to(device), case.strides, name) for name, tensor in tensors.items()
-    }
+    inputs = {name: _lay(tensor.to(case.dtype).to(device), case.strides, name) for name, tensor in tensors.items()}
 
     def per_batch(most: int) -> Tensor:
         """Both ends of the range where the batch is long enough, then anything between."""
@@ -182,7 +180,9 @@ def make(case: Case, device: str = "cpu") -> Problem:
 
     grad_out = None if case.grads == "lse" else normal(heads, layout.num_queries).to(case.dtype).to(device)
     if case.grads == "sum":  # what `out.sum().backward()` sends: one number with strides 0
-        grad_out = torch.ones((), dtype=case.dtype, device=device).expand(batch, heads, layout.num_queries, case.head_dim)
+        grad_out = torch.ones((), dtype=case.dtype, device=device).expand(
+            batch, heads, layout.num_queries, case.head_dim
+        )
     elif grad_out is not None:
         grad_out = _lay(grad_out, case.strides if case.strides != "expanded" else "plain", "grad_out")
     grad_lse = None
@@ -191,7 +191,7 @@ def make(case: Case, device: str = "cpu") -> Problem:
     return Problem(case, inputs, options, grad_out, grad_lse)
 
 
-# -- running a case ------------------------------------------------------------------------------------------------------
+# -- running a case ----------------------------------------------------------------------------------------------------
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
 Results = dict[str, Tensor]
@@ -215,10 +215,12 @@ def results(problem: Problem, compute: Attention, dtype: torch.dtype | None = No
 
 def on_backend(name: str, with_lse: bool = True) -> Attention:
     """``segment_attention`` on a named backend, returning (out, lse)."""
+    options = {"return_lse": with_lse, "backend": name}
 
-    def compute(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        given = attention.segment_attention(*args, **options, return_lse=with_lse, backend=name)
-        return given if isinstance(given, tuple) else (given, given.new_empty(0))
+    def compute(*args: Any, **given: Any) -> tuple[Tensor, Tensor]:
+        call: Any = attention.segment_attention
+        found = call(*args, **given, **options)
+        return found if with_lse else (found, found.new_empty(0))
 
     return compute
 
@@ -226,15 +228,14 @@ def on_backend(name: str, with_lse: bool = True) -> Attention:
 def refusal(name: str, problem: Problem, with_lse: bool) -> str | None:
     """Why the backend does not serve the call, or None."""
     positional, options, _ = problem.arguments()
-    filled = dict.fromkeys(
-        ("cache", "token_lengths", "token_starts", "cache_starts", "query_start", "seed", "relative")
-    ) | options | {"return_lse": with_lse}  # fmt: skip
-    call: Call = attention._checked(*positional, problem.case.layout, **filled)  # type: ignore[arg-type]
-    reason: str | None = attention._BACKENDS[name].supports(call)
+    names = ("cache", "token_lengths", "token_starts", "cache_starts", "query_start", "seed", "relative")
+    checked: Any = attention._checked
+    given = dict.fromkeys(names) | options | {"return_lse": with_lse}
+    reason: str | None = attention._BACKENDS[name].supports(checked(*positional, problem.case.layout, **given))
     return reason
 
 
-# -- the rule ------------------------------------------------------------------------------------------------------------
+# -- the rule ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -257,7 +258,9 @@ def expected(case: Case, with_lse: bool = True) -> Expected:
     exact = whole if with_lse else results(problem, reference_attention, F64, with_lse)
     single = results(problem, reference_attention, F32, with_lse)
     stock = single if case.dtype is F32 else results(problem, reference_attention, case.dtype, with_lse)
-    padding = {name: problem.options.get(name) for name in ("token_lengths", "token_starts", "cache_starts", "query_start")}
+    padding = {
+        name: problem.options.get(name) for name in ("token_lengths", "token_starts", "cache_starts", "query_start")
+    }
     mask, rows = segment_mask(case.layout, case.batch, torch.device("cpu"), **padding)
     noise = _noise(problem, whole, mask[:, None], rows, with_lse)
     return Expected(exact, stock, single, noise, ~mask.any(dim=2), ~mask.any(dim=1))
@@ -304,7 +307,8 @@ def _noise(problem: Problem, exact: Results, mask: Tensor, rows: Tensor, with_ls
     terms = scale**2 * softmax**2 * terms
 
     def summed(squares: Tensor) -> Tensor:
-        return squares.unflatten(1, (case.kv_heads, case.group)).sum(2).sqrt()
+        batch, _, rows, width = squares.shape
+        return squares.reshape(batch, case.kv_heads, case.group, rows, width).sum(2).sqrt()
 
     noise = {
         "out": (weights @ value**2).sqrt(),

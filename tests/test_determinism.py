@@ -72,9 +72,7 @@ def part(problem: Problem, batch: slice, kv_heads: slice) -> Problem:
         name: value[batch] if isinstance(value, torch.Tensor) and name != "seed" else value
         for name, value in problem.options.items()
     }
-    inputs = {
-        name: tensor[batch, heads if name == "query" else kv_heads] for name, tensor in problem.inputs.items()
-    }
+    inputs = {name: tensor[batch, heads if name == "query" else kv_heads] for name, tensor in problem.inputs.items()}
     grad_out = None if problem.grad_out is None else problem.grad_out[batch, heads]
     grad_lse = None if problem.grad_lse is None else problem.grad_lse[batch, heads]
     return Problem(problem.case, inputs, options, grad_out, grad_lse)

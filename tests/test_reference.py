@@ -14,6 +14,7 @@ from rmt_kernels import Rule, SegmentLayout, reference_attention
 from rmt_kernels.philox import dropout_keep
 
 C, M, T = 3, 2, 5  # rows of the cache, of each memory region, of the tokens
+Array = np.ndarray[Any, Any]
 Seen = Callable[[int], list[int]]  # the keys that a query row sees
 
 
@@ -57,9 +58,9 @@ TABLES: dict[str, tuple[SegmentLayout, Seen]] = {
 
 
 def by_rows(
-    query: np.ndarray[Any, Any], key: np.ndarray[Any, Any], value: np.ndarray[Any, Any], seen: Callable[[int, int], list[int]],
-    scale: float, keep: np.ndarray[Any, Any] | None = None, dropout_p: float = 0.0,
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:  # fmt: skip
+    query: Array, key: Array, value: Array, seen: Callable[[int, int], list[int]], scale: float,
+    keep: Array | None = None, dropout_p: float = 0.0,
+) -> tuple[Array, Array]:  # fmt: skip
     """(out, lse), one row at a time."""
     batch, heads, rows, _ = query.shape
     group = heads // key.shape[1]
@@ -99,8 +100,10 @@ def assert_equal_by_rows(
     if options.get("dropout_p"):
         rows = torch.arange(layout.num_queries)[None]
         keep = dropout_keep(options["seed"], 3, 4, rows, layout.num_keys, options["dropout_p"]).numpy()
-    numpy = [tensor.numpy() for tensor in (query, key, value)]
-    expected = by_rows(*numpy, seen, 3**-0.5 if scale is None else scale, keep, options.get("dropout_p", 0.0))
+    expected = by_rows(
+        query.numpy(), key.numpy(), value.numpy(), seen, 3**-0.5 if scale is None else scale, keep,
+        options.get("dropout_p", 0.0),
+    )  # fmt: skip
     np.testing.assert_allclose(out.numpy(), expected[0], rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(lse.numpy(), expected[1], rtol=1e-12, atol=1e-13)
 
@@ -136,16 +139,15 @@ def test_padding(name: str, side: str) -> None:
             return []
         return [j for j in seen(i) if not (j in token_keys and padded(b, j - first_key))]
 
-    assert_equal_by_rows(layout, visible, **{side: int32(*bounds)})
+    options: dict[str, Any] = {side: int32(*bounds)}
+    assert_equal_by_rows(layout, visible, **options)
 
 
 @pytest.mark.parametrize("name", ["rmt_decoder", "read_cache", "window", "causal", "same length"])
 def test_cache_starts(name: str) -> None:
     layout, seen = TABLES[name]
     starts = (0, C, 1)
-    assert_equal_by_rows(
-        layout, lambda b, i: [j for j in seen(i) if not j < starts[b]], cache_starts=int32(*starts)
-    )
+    assert_equal_by_rows(layout, lambda b, i: [j for j in seen(i) if not j < starts[b]], cache_starts=int32(*starts))
 
 
 @pytest.mark.parametrize("name", ["rmt_decoder", "window", "causal", "memformer_read"])
@@ -168,14 +170,12 @@ def test_cache_apart() -> None:
     layout = TABLES["rmt_decoder"][0]
     query, key, value = inputs(layout)
     joined = reference_attention(query, key, value, layout)
-    apart = reference_attention(
-        query, key[:, :, C:], value[:, :, C:], layout, cache=(key[:, :, :C], value[:, :, :C])
-    )
+    apart = reference_attention(query, key[:, :, C:], value[:, :, C:], layout, cache=(key[:, :, :C], value[:, :, :C]))
     assert torch.equal(joined[0], apart[0])
     assert torch.equal(joined[1], apart[1])
 
 
-# -- derivatives ---------------------------------------------------------------------------------------------------------
+# -- derivatives -------------------------------------------------------------------------------------------------------
 
 SMALL = SegmentLayout.rmt_decoder(3, 1, cache=2)
 DERIVED: dict[str, tuple[SegmentLayout, dict[str, Any]]] = {
@@ -214,7 +214,9 @@ def test_blind_rows(name: str) -> None:
     assert blind.any()
     assert (lse[blind] < 0).all()
     assert not out[blind].any()
-    grads = torch.autograd.grad((out, lse), leaves, (blind[..., None] * torch.randn_like(out), blind * torch.randn_like(lse)))
+    grads = torch.autograd.grad(
+        (out, lse), leaves, (blind[..., None] * torch.randn_like(out), blind * torch.randn_like(lse))
+    )
     assert not any(grad.any() for grad in grads)
 
 

@@ -39,7 +39,9 @@ def _with(**changed: Any) -> Attention:
 
 
 def _layout(change: Callable[[SegmentLayout], SegmentLayout]) -> Attention:
-    def compute(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, **options: Any) -> tuple[Tensor, Tensor]:
+    def compute(
+        query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         return reference_attention(query, key, value, change(layout), **options)
 
     return compute

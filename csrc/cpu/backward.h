@@ -18,9 +18,9 @@ class Backward {
   static constexpr int kRun = 4 * kPanel;  // queries whose tiles are added to dK and dV at once
   static constexpr int kStride = kRun + 16;  // of a run in memory: a power of two would crowd a few cache sets
 
-  struct KeySide {  // of one (batch, key/value head)
-    E *k, *v;       // (keys, staged)
-    E* kt;          // [panels](staged, 64): K^T, row-major
+  struct KeySide {  // of one key panel
+    E *k, *v;       // (64, staged)
+    E* kt;          // (staged, 64): K^T, row-major
   };
   struct QuerySide {   // of one (batch, query head)
     E *qt, *dot;       // [panels][staged / pair][64][pair]: Q^T and dO^T
@@ -55,11 +55,13 @@ class Backward {
 
   KeySide carve_keys(Arena& arena) const {
     KeySide k;
-    k.k = arena.take<E>(static_cast<size_t>(n_.keys) * n_.staged);
-    k.v = arena.take<E>(static_cast<size_t>(n_.keys) * n_.staged);
-    k.kt = arena.take<E>(static_cast<size_t>(n_.keys) * n_.staged);
+    k.k = arena.take<E>(n_.transposed_panel());
+    k.v = arena.take<E>(n_.transposed_panel());
+    k.kt = arena.take<E>(n_.transposed_panel());
     return k;
   }
+  // A thread that owns the head packs key panels as it comes to them; else all of them are packed first.
+  int kept_key_panels() const { return by_unit(p_, rt_.threads) ? 1 : n_.key_panels; }
   QuerySide carve_queries(Arena& arena, bool with_dq) const {
     QuerySide q;
     q.qt = arena.take<E>(n_.query_panels * n_.transposed_panel());
@@ -91,7 +93,7 @@ class Backward {
   }
   size_t unit_bytes() const {
     Arena count;
-    carve_keys(count);
+    for (int j = 0; j < kept_key_panels(); ++j) carve_keys(count);
     for (int h = 0; h < p_.group(); ++h) carve_queries(count, by_unit(p_, rt_.threads));
     return count.used();
   }
@@ -101,13 +103,14 @@ class Backward {
     return count.used();
   }
   int slots() const { return by_unit(p_, rt_.threads) ? rt_.threads : units(); }
-  KeySide key_side(int slot) const {
+  KeySide key_side(int slot, int j) const {
     Arena arena(rt_.scratch + slot * unit_bytes());
+    for (int before = j % kept_key_panels(); before > 0; --before) carve_keys(arena);
     return carve_keys(arena);
   }
   QuerySide query_side(int slot, int head) const {
     Arena arena(rt_.scratch + slot * unit_bytes());
-    carve_keys(arena);
+    for (int j = 0; j < kept_key_panels(); ++j) carve_keys(arena);
     for (int h = 0; h < head; ++h) carve_queries(arena, by_unit(p_, rt_.threads));
     return carve_queries(arena, by_unit(p_, rt_.threads));
   }
@@ -120,12 +123,10 @@ class Backward {
     const int from = panel * kPanel;
     const auto keys = head_of<T>(p_.key, p_.cache_key, p_.cache_rows, b, g);
     const auto values = head_of<T>(p_.value, p_.cache_value, p_.cache_rows, b, g);
-    E* k = to.k + static_cast<size_t>(from) * n_.staged;
-    stage_panel(k, n_.staged, keys, from, p_.keys, p_.head_dim, live);
-    stage_panel(to.v + static_cast<size_t>(from) * n_.staged, n_.staged, values, from, p_.keys, p_.head_dim, live);
-    E* kt = to.kt + static_cast<size_t>(from) * n_.staged;
-    pack_transposed<Engine>(Engine::pair == 1 ? kt : w.stage, k, n_.staged);
-    if constexpr (Engine::pair == 2) part_pairs(kt, w.stage, n_.staged, kPanel);
+    stage_panel(to.k, n_.staged, keys, from, p_.keys, p_.head_dim, live);
+    stage_panel(to.v, n_.staged, values, from, p_.keys, p_.head_dim, live);
+    pack_transposed<Engine>(Engine::pair == 1 ? to.kt : w.stage, to.k, n_.staged);
+    if constexpr (Engine::pair == 2) part_pairs(to.kt, w.stage, n_.staged, kPanel);
   }
 
   void pack_queries(const QuerySide& to, const Workspace& w, int b, int h, int panel) const {
@@ -174,7 +175,7 @@ class Backward {
 #pragma GCC unroll 2
         for (int e = 0; e < Engine::pair; ++e) {
           const int x = (r + e) * kStride + at + col;
-          vf p = exp2<Engine::exp_degree>(load<vf>(w.s + x) * c_ - lse);
+          vf p = exp2<Engine::exp_degree>(min(load<vf>(w.s + x) * c_ - lse, vf{}));
           if constexpr (Masked) {
             const vi key = splat(from + r + e);
             p = ((key >= lo) & (key < hi) & ~((key >= gap_lo) & (key < gap_hi))) ? p : vf{};
@@ -220,10 +221,9 @@ class Backward {
             float* dq) const {
     // The last panels may be short: 16 is the step of a product's columns and, paired, of its depth.
     const int from = j * kPanel, keys = key_count(j), queries = query_count(i);
-    const E *kj = k.k + static_cast<size_t>(from) * n_.staged, *vj = k.v + static_cast<size_t>(from) * n_.staged;
     const E *qt = q.qt + i * n_.transposed_panel(), *dot = q.dot + i * n_.transposed_panel();
-    Engine::gemm(rt_, keys, queries, n_.depth, kj, n_.staged, qt, kPanel, w.s + at, kStride, false);
-    Engine::gemm(rt_, keys, queries, n_.depth, vj, n_.staged, dot, kPanel, w.dp + at, kStride, false);
+    Engine::gemm(rt_, keys, queries, n_.depth, k.k, n_.staged, qt, kPanel, w.s + at, kStride, false);
+    Engine::gemm(rt_, keys, queries, n_.depth, k.v, n_.staged, dot, kPanel, w.dp + at, kStride, false);
     const bool masked = !q.spans[i].open(from, from + keys), drop = p_.dropout.on();
     if (drop) draw_tile(w, p_.sample(b), b, h, i, from);
     if (masked) {
@@ -235,7 +235,7 @@ class Backward {
     }
     if (!dq) return;
     const bool apart = Engine::pair == 2;
-    Engine::gemm(rt_, n_.width, queries, keys, k.kt + static_cast<size_t>(from) * n_.staged, kPanel,
+    Engine::gemm(rt_, n_.width, queries, keys, k.kt, kPanel,
                  apart ? w.ds_right : w.ds + at, apart ? kPanel : kStride, dq, kPanel, true);
   }
 
@@ -249,7 +249,7 @@ class Backward {
       const T* key = head_of<T>(p_.key, p_.cache_key, p_.cache_rows, b, g)[own];
       const T* value = head_of<T>(p_.value, p_.cache_value, p_.cache_rows, b, g)[own];
       const T *query = rmt::RMT_ISA::row_of<T>(p_.query, b, h, at), *dout = rmt::RMT_ISA::row_of<T>(p_.grad_out, b, h, at);
-      const float p = exp2<5>(splat(dot(query, key, p_.head_dim) * c_ - q.lse[at]))[0];
+      const float p = exp2<6>(splat(dot(query, key, p_.head_dim) * c_ - q.lse[at]))[0];
       const float keep = p_.dropout.on()
           ? draw_one(p_.dropout, own, layout_row(p_.layout, sample, at), h, b) * p_.dropout.rescale() : 1.0f;
       const float ds = p * (dot(dout, value, p_.head_dim) * keep - q.delta[at]) * p_.scale;
@@ -281,7 +281,7 @@ class Backward {
 
   // All tiles of key panel j, for every head of the group.
   void key_column(int slot, const Workspace& w, int b, int g, int j, bool with_queries) const {
-    const KeySide k = key_side(slot);
+    const KeySide k = key_side(slot, j);
     memset(w.dk, 0, sizeof(float) * kPanel * n_.width);
     memset(w.dv, 0, sizeof(float) * kPanel * n_.width);
     for (int x = 0; x < p_.group(); ++x) {
@@ -312,15 +312,16 @@ class Backward {
   void unit(int item, int thread) const {
     const int b = item / p_.kv_heads, g = item % p_.kv_heads;
     const Workspace w = workspace(thread);
-    const KeySide k = key_side(thread);
     const Live live = live_of(p_, p_.sample(b));
-    for (int j = 0; j < n_.key_panels; ++j) pack_keys(k, w, b, g, live, j);
     for (int x = 0; x < p_.group(); ++x) {
       const QuerySide q = query_side(thread, x);
       for (int i = 0; i < n_.query_panels; ++i) pack_queries(q, w, b, g * p_.group() + x, i);
       memset(q.dq, 0, sizeof(float) * n_.packed(n_.queries));
     }
-    for (int j = 0; j < n_.key_panels; ++j) key_column(thread, w, b, g, j, true);
+    for (int j = 0; j < n_.key_panels; ++j) {
+      pack_keys(key_side(thread, j), w, b, g, live, j);
+      key_column(thread, w, b, g, j, true);
+    }
     for (int x = 0; x < p_.group(); ++x) {
       const QuerySide q = query_side(thread, x);
       for (int i = 0; i < n_.query_panels; ++i) write_queries(w, q.dq + n_.packed(i * kPanel), b, g * p_.group() + x, i);
@@ -332,7 +333,7 @@ class Backward {
     const int per_unit = n_.key_panels + p_.group() * n_.query_panels;
     const int u = item / per_unit, b = u / p_.kv_heads, g = u % p_.kv_heads;
     int x = item % per_unit;
-    if (x < n_.key_panels) return pack_keys(key_side(u), workspace(thread), b, g, live_of(p_, p_.sample(b)), x);
+    if (x < n_.key_panels) return pack_keys(key_side(u, x), workspace(thread), b, g, live_of(p_, p_.sample(b)), x);
     x -= n_.key_panels;
     const int head = x / n_.query_panels;
     pack_queries(query_side(u, head), workspace(thread), b, g * p_.group() + head, x % n_.query_panels);
@@ -347,11 +348,10 @@ class Backward {
     const int i = n_.query_panels - 1 - item / heads, u = item % heads / p_.group(), x = item % p_.group();
     const int b = u / p_.kv_heads, g = u % p_.kv_heads;
     const Workspace w = workspace(thread);
-    const KeySide k = key_side(u);
     const QuerySide q = query_side(u, x);
     memset(w.dq, 0, sizeof(float) * kPanel * n_.width);
     for (int j = 0; j < n_.key_panels; ++j) {
-      if (!q.spans[i].closed(j * kPanel, (j + 1) * kPanel)) tile(k, q, w, b, g * p_.group() + x, i, j, 0, w.dq);
+      if (!q.spans[i].closed(j * kPanel, (j + 1) * kPanel)) tile(key_side(u, j), q, w, b, g * p_.group() + x, i, j, 0, w.dq);
       own_rows(q, w, b, g, g * p_.group() + x, i, j, w.dq, false);
     }
     write_queries(w, w.dq, b, g * p_.group() + x, i);

@@ -26,7 +26,8 @@ class Forward {
   const Problem& p_;
   const Runtime& rt_;
   const Sizes<Engine> n_;
-  const float c_;          // scores times this are in units of log2
+  const float c_;            // scores times this are in units of log2
+  const bool scaled_first_;  // c_ <= 0: scores are scaled before they are masked and compared
   const int heads_a_tile_;  // short queries: rows of several heads of a group share a tile
   const int tiles_a_head_;
 
@@ -87,16 +88,17 @@ class Forward {
     pack_rows<Engine>(to.values, n_.keys, from, n_.width, w.stage, n_.staged);
   }
 
-  // One row of a block: scores to probabilities against a running pivot. Returns the factor on what was summed before.
+  // One row of a block: scores to probabilities against a running pivot, the highest score so far. Returns the factor on
+  // what was summed before. Subtracting before scaling keeps every exponent at or below 0, however large the scores.
   static float softmax_row(const float* s, E* p, int count, float c, float& pivot, float& sum) {
     vf most = splat(-kInf);
-    for (int j = 0; j < count; j += W) most = max(most, load<vf>(s + j) * c);
+    for (int j = 0; j < count; j += W) most = max(most, load<vf>(s + j));
     const float highest = reduce_max(most), before = pivot;
     pivot = highest > pivot ? highest : pivot;
     const float finite = pivot == -kInf ? 0.0f : pivot;
     vf total{};
     for (int j = 0; j < count; j += W) {
-      const vf x = exp2<Engine::exp_degree>(load<vf>(s + j) * c - finite);
+      const vf x = exp2<Engine::exp_degree>((load<vf>(s + j) - finite) * c);
       total += x;
       narrow(p + j, x);
     }
@@ -104,7 +106,7 @@ class Forward {
       sum += reduce_add(total);
       return 1.0f;
     }
-    const float factor = exp2<5>(splat(before - finite))[0];
+    const float factor = exp2<6>(splat((before - finite) * c))[0];
     sum = sum * factor + reduce_add(total);
     return factor;
   }
@@ -115,6 +117,7 @@ class Forward {
     const int heads = min_int(heads_a_tile_, p_.group() - first), count = heads * queries;
     const int h0 = g * p_.group() + first;
     const Sample sample = p_.sample(b);
+    const float c = scaled_first_ ? 1.0f : c_;
     float pivot[kRows], sum[kRows];
     uint32_t absolute[kRows];  // row in the layout, for dropout
     for (int i = 0; i < count; ++i) {
@@ -144,14 +147,14 @@ class Forward {
       for (int j = 0; j < keys; j += kPanel)
         Engine::gemm(rt_, count, min_int(kPanel, keys - j), n_.depth, w.q, n_.staged,
                      packed.keys + (from + j) / kPanel * n_.transposed_panel(), kPanel, w.s + j, kStride, false);
-      const bool masked = !span.open(from, to), scaled_here = c_ <= 0.0f;
+      const bool masked = !span.open(from, to);
       for (int i = 0; i < count; ++i) {
         float* s = w.s + i * kStride;
         E* p = w.p + i * kStride;
-        if (scaled_here)  // -inf times it would not be -inf
+        if (scaled_first_)
           for (int j = 0; j < keys; j += W) store(s + j, load<vf>(s + j) * c_);
         if (masked) mask_row(s, from, to, w.rows[i]);
-        const float factor = softmax_row(s, p, keys, scaled_here ? 1.0f : c_, pivot[i], sum[i]);
+        const float factor = softmax_row(s, p, keys, c, pivot[i], sum[i]);
         if (factor != 1.0f) {
           float* o = w.o + i * n_.width;
           for (int j = 0; j < n_.width; j += W) store(o + j, load<vf>(o + j) * factor);
@@ -171,7 +174,7 @@ class Forward {
       store_scaled(rmt::RMT_ISA::row_of<T>(p_.out, b, h, q), w.o + i * n_.width, blind ? 0.0f : rescale / sum[i],
                    p_.head_dim);
       p_.lse[(static_cast<int64_t>(b) * p_.heads + h) * p_.queries + q] =
-          blind ? -kInf : (pivot[i] + std::log2(sum[i])) * kLn2;
+          blind ? -kInf : (pivot[i] * c + std::log2(sum[i])) * kLn2;
     }
   }
 
@@ -181,7 +184,7 @@ class Forward {
     const int own = w.rows[i].own;
     const T* key = head_of<T>(p_.key, p_.cache_key, p_.cache_rows, b, g)[own];
     const T* value = head_of<T>(p_.value, p_.cache_value, p_.cache_rows, b, g)[own];
-    pivot = dot(rmt::RMT_ISA::row_of<T>(p_.query, b, h, q), key, p_.head_dim) * c_;
+    pivot = dot(rmt::RMT_ISA::row_of<T>(p_.query, b, h, q), key, p_.head_dim) * (scaled_first_ ? c_ : 1.0f);
     sum = 1.0f;
     const float keep = p_.dropout.on() ? draw_one(p_.dropout, own, absolute, h, b) : 1.0f;
     add_scaled(w.o + i * n_.width, value, keep, p_.head_dim);
@@ -189,7 +192,7 @@ class Forward {
 
  public:
   Forward(const Problem& p, const Runtime& rt)
-      : p_(p), rt_(rt), n_(p), c_(p.scale * kLog2e), heads_a_tile_(heads_a_tile(p)),
+      : p_(p), rt_(rt), n_(p), c_(p.scale * kLog2e), scaled_first_(c_ <= 0.0f), heads_a_tile_(heads_a_tile(p)),
         tiles_a_head_((p.queries + kRows - 1) / kRows) {}
 
   static size_t scratch(const Problem& p, int threads) {

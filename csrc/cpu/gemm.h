@@ -15,7 +15,7 @@ constexpr int kPanel = 64;  // columns of a full panel of B
 
 struct F32 {
   using elem = float;
-  static constexpr int pair = 1, exp_degree = 5;
+  static constexpr int pair = 1, exp_degree = 6;
   static RMT_INLINE vf multiply_add(vf c, uint32_t a, vu b) {
     float x;
     memcpy(&x, &a, 4);
@@ -33,14 +33,15 @@ struct Bf16 {
 };
 #endif
 
-// MR x NV accumulators stay in registers; a step of k reads NV vectors of B and broadcasts MR words of A.
+// MR x NV accumulators stay in registers; a step of k reads NV vectors of B and broadcasts MR words of A. They start
+// at zero and are added to C at the end: a long sum made of short ones is the more accurate.
 template <class Math, int MR, int NV>
 void micro(int k, const uint32_t* a, int lda, const uint32_t* b, int ldb, float* c, int ldc, bool add) {
   vf acc[MR][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) acc[i][j] = add ? load<vf>(c + i * ldc + j * W) : vf{};
+    for (int j = 0; j < NV; ++j) acc[i][j] = vf{};
   for (int step = 0; step < k; ++step, ++a, b += ldb) {
     vu column[NV];
 #pragma GCC unroll 4
@@ -53,7 +54,8 @@ void micro(int k, const uint32_t* a, int lda, const uint32_t* b, int ldb, float*
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * W, acc[i][j]);
+    for (int j = 0; j < NV; ++j)
+      store(c + i * ldc + j * W, add ? load<vf>(c + i * ldc + j * W) + acc[i][j] : acc[i][j]);
 }
 
 using Micro = void (*)(int, const uint32_t*, int, const uint32_t*, int, float*, int, bool);

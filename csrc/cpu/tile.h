@@ -101,6 +101,7 @@ inline Live live_of(const Problem& p, const Sample& sample) {
     }
   }
   const int first = p.layout.first_token_key();
+  if (p.layout.tokens == 0) return live;
   if (sample.token_begin > 0) live.gap_lo = first, live.gap_hi = first + sample.token_begin;
   if (sample.token_end < p.layout.tokens) live.gap_lo = first + sample.token_end, live.gap_hi = first + p.layout.tokens;
   return live;

@@ -18,12 +18,13 @@ def supports(call: Call) -> str | None:
 def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)``; float16 and bfloat16 are computed in float32."""
     check_values(call)
-    dtype = call.query.dtype
+    dtype, device = call.query.dtype, call.query.device.type
     wide = torch.promote_types(dtype, torch.float32)
-    out, lse = reference_attention(
-        call.query.to(wide), call.key.to(wide), call.value.to(wide), call.layout,
-        cache=None if call.cache is None else (call.cache[0].to(wide), call.cache[1].to(wide)),
-        scale=call.scale, token_lengths=call.token_lengths, token_starts=call.token_starts,
-        cache_starts=call.cache_starts, query_start=call.query_start, dropout_p=call.dropout_p, seed=call.seed,
-    )  # fmt: skip
+    with torch.autocast(device, enabled=False):
+        out, lse = reference_attention(
+            call.query.to(wide), call.key.to(wide), call.value.to(wide), call.layout,
+            cache=None if call.cache is None else (call.cache[0].to(wide), call.cache[1].to(wide)),
+            scale=call.scale, token_lengths=call.token_lengths, token_starts=call.token_starts,
+            cache_starts=call.cache_starts, query_start=call.query_start, dropout_p=call.dropout_p, seed=call.seed,
+        )  # fmt: skip
     return out.to(dtype), lse

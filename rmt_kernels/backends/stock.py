@@ -122,6 +122,10 @@ def _split_objection(call: Call) -> str | None:
         return "a call per region cannot express padding or query_start"
     if layout.window is not None or layout.skip or any(form.own >= 0 and form.rows for form in layout.forms):
         return "a call per region cannot express a window, SELF rules or skipped rows"
+    if call.scale <= 0.0:
+        return "SDPA's own causal mask is multiplied by the scale, which must be positive"
+    if all(form.rows == 0 or form.hi == form.lo for form in layout.forms):
+        return "no query row sees a key"
     return _nothing_to_do(call)
 
 
