@@ -100,6 +100,9 @@ struct Call {
   void run(size_t (*bytes)(const rmt::Problem&, int), void (*kernel)(const rmt::Problem&, const rmt::Runtime&)) {
     if (problem.batch == 0 || problem.queries + problem.keys == 0) return;
     rmt::Runtime runtime = rmt::torch_runtime();
+    // Below about ten microseconds of work, waking other threads costs more than they bring.
+    const double work = 4.0 * problem.batch * problem.heads * problem.queries * problem.keys * problem.head_dim;
+    if (work < 1e6) runtime.threads = 1;
     const Tensor scratch = at::empty({static_cast<int64_t>(bytes(problem, runtime.threads)) + 64}, at::kByte);
     const auto base = reinterpret_cast<uintptr_t>(scratch.data_ptr());
     runtime.scratch = reinterpret_cast<char*>((base + 63) / 64 * 64);

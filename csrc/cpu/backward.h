@@ -32,7 +32,7 @@ class Backward {
   };
   struct Workspace {    // of one thread
     E* stage;           // (64, staged)
-    float *s, *dp;      // (64, run): S^T and dP^T
+    float *s, *dp;      // (64, 64): S^T and dP^T
     E *p, *ds;          // (64, run): P^T and dS^T as left operands
     E* ds_right;        // (64, 64): dS^T as right operand
     float *keep;        // (64, 64)
@@ -78,12 +78,11 @@ class Backward {
   Workspace carve_workspace(Arena& arena) const {
     Workspace w;
     w.stage = arena.take<E>(kPanel * n_.staged);
-    w.s = arena.take<float>(kPanel * kStride);
-    w.dp = arena.take<float>(kPanel * kStride);
-    const bool apart = sizeof(E) != 4;
-    w.p = apart ? arena.take<E>(kPanel * kStride) : reinterpret_cast<E*>(w.s);
-    w.ds = apart ? arena.take<E>(kPanel * kStride) : reinterpret_cast<E*>(w.dp);
-    w.ds_right = apart ? arena.take<E>(kPanel * kPanel) : nullptr;
+    w.s = arena.take<float>(kPanel * kPanel);
+    w.dp = arena.take<float>(kPanel * kPanel);
+    w.p = arena.take<E>(kPanel * kStride);
+    w.ds = arena.take<E>(kPanel * kStride);
+    w.ds_right = Engine::pair == 2 ? arena.take<E>(kPanel * kPanel) : nullptr;
     w.keep = arena.take<float>(kPanel * kPanel);
     w.dk = arena.take<float>(kPanel * n_.width);
     w.dv = arena.take<float>(kPanel * n_.width);
@@ -174,15 +173,15 @@ class Backward {
         vf ds[Engine::pair];
 #pragma GCC unroll 2
         for (int e = 0; e < Engine::pair; ++e) {
-          const int x = (r + e) * kStride + at + col;
-          vf p = exp2<Engine::exp_degree>(min(load<vf>(w.s + x) * c_ - lse, vf{}));
+          const int here = (r + e) * kPanel + col, x = (r + e) * kStride + at + col;
+          vf p = exp2<Engine::exp_degree>(min(load<vf>(w.s + here) * c_ - lse, vf{}));
           if constexpr (Masked) {
             const vi key = splat(from + r + e);
             p = ((key >= lo) & (key < hi) & ~((key >= gap_lo) & (key < gap_hi))) ? p : vf{};
           }
-          vf dp = load<vf>(w.dp + x), dropped = p;
+          vf dp = load<vf>(w.dp + here), dropped = p;
           if constexpr (Drop) {
-            const vf keep = load<vf>(w.keep + (r + e) * kPanel + col) * rescale;
+            const vf keep = load<vf>(w.keep + here) * rescale;
             dp *= keep;
             dropped *= keep;
           }
@@ -222,8 +221,8 @@ class Backward {
     // The last panels may be short: 16 is the step of a product's columns and, paired, of its depth.
     const int from = j * kPanel, keys = key_count(j), queries = query_count(i);
     const E *qt = q.qt + i * n_.transposed_panel(), *dot = q.dot + i * n_.transposed_panel();
-    Engine::gemm(rt_, keys, queries, n_.depth, k.k, n_.staged, qt, kPanel, w.s + at, kStride, false);
-    Engine::gemm(rt_, keys, queries, n_.depth, k.v, n_.staged, dot, kPanel, w.dp + at, kStride, false);
+    Engine::gemm(rt_, keys, queries, n_.depth, k.k, n_.staged, qt, kPanel, w.s, kPanel, false);
+    Engine::gemm(rt_, keys, queries, n_.depth, k.v, n_.staged, dot, kPanel, w.dp, kPanel, false);
     const bool masked = !q.spans[i].open(from, from + keys), drop = p_.dropout.on();
     if (drop) draw_tile(w, p_.sample(b), b, h, i, from);
     if (masked) {

@@ -81,25 +81,28 @@ void pack_transposed(typename Engine::elem* panel, const typename Engine::elem* 
   transpose(reinterpret_cast<uint32_t*>(panel), kPanel, reinterpret_cast<const uint32_t*>(from), words, kPanel, words);
 }
 
-// The keys of a sample that some query row may see. Others are packed as zeros: what they hold must not matter.
+// The keys of a sample that some query row may see, or a few more. Others are packed as zeros or not at all: what they
+// hold, in a static buffer say, must not matter.
 struct Live {
   int lo = 1 << 30, hi = 0, gap_lo = 0, gap_hi = 0;
 
   bool operator()(int key) const { return key >= lo && key < hi && !(key >= gap_lo && key < gap_hi); }
+  void include(int from, int to) {
+    if (from >= to) return;
+    lo = min_int(lo, from);
+    hi = max_int(hi, to);
+  }
 };
 inline Live live_of(const Problem& p, const Sample& sample) {
   Live live;
-  for (int q = 0; q < p.queries; ++q) {
-    const Row row = row_of(p.layout, sample, q);
-    if (row.lo < row.hi) {
-      live.lo = min_int(live.lo, row.lo);
-      live.hi = max_int(live.hi, row.hi);
-    }
-    if (row.own >= 0) {
-      live.lo = min_int(live.lo, row.own);
-      live.hi = max_int(live.hi, row.own + 1);
-    }
+  for (const RowForm& form : p.layout.form) {
+    if (form.rows == 0) continue;
+    const bool decoding = sample.query_start >= 0;  // then all rows are TOKENS
+    const int last = decoding ? sample.query_start + p.queries - 1 : form.rows - 1;
+    live.include(form.lo, form.hi + form.step * last);
+    if (form.own >= 0) live.include(form.own + (decoding ? sample.query_start : 0), form.own + last + 1);
   }
+  if (live.lo < p.layout.cache) live.lo = max_int(live.lo, sample.cache_begin);
   const int first = p.layout.first_token_key();
   if (p.layout.tokens == 0) return live;
   if (sample.token_begin > 0) live.gap_lo = first, live.gap_hi = first + sample.token_begin;
