@@ -55,7 +55,7 @@ class Config:
 
 
 STANDARD = Config()
-QUICK = Config(steps=60, seconds=40.0)
+QUICK = Config(steps=60, turn=2, seconds=30.0)
 FULL = Config(batch=4, tokens=512)
 
 
@@ -100,6 +100,12 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
 
+def sinusoids(rows: int, width: int) -> Tensor:
+    """Sines and cosines of the position, wavelengths from 2 pi to 2 pi * 1000: (rows, width)."""
+    angles = torch.arange(rows)[:, None] * torch.logspace(0, -3, width // 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
 class RecurrentLM(nn.Module):
     """A byte-level Recurrent Memory Transformer (arXiv 2207.06881)."""
 
@@ -107,7 +113,8 @@ class RecurrentLM(nn.Module):
         super().__init__()
         self.layout, width = config.layout, config.width
         self.embed = nn.Embedding(256, width)
-        self.positions = nn.Parameter(0.02 * torch.randn(self.layout.num_queries, width))
+        nn.init.normal_(self.embed.weight, std=0.5)
+        self.positions = nn.Parameter(0.5 * sinusoids(self.layout.num_queries, width))
         self.first_memory = nn.Parameter(torch.randn(config.memory, width))
         self.blocks = nn.Sequential(*(Block(width, config.heads, attend) for _ in range(config.layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256)

@@ -93,6 +93,7 @@ struct Span {
   int lo, hi, gap_lo, gap_hi;
   int all_lo, all_hi;  // every row sees [all_lo, all_hi), gaps of single rows aside
   int any_gap_lo, any_gap_hi;  // the union of the rows' gaps
+  bool any_own;                // some row has a SELF key
 
   // No row of the tile needs a mask on keys [from, to).
   RMT_HD bool open(int from, int to) const {
@@ -106,11 +107,12 @@ struct Span {
 
 RMT_HD Span span_of(const Row* rows, int count) {
   constexpr int far = 1 << 30;
-  Span s{far, 0, 0, far, 0, far, far, 0};
+  Span s{far, 0, 0, far, 0, far, far, 0, false};
   for (int i = 0; i < count; ++i) {
     const Row& row = rows[i];
     s.all_lo = max_int(s.all_lo, row.lo);
     s.all_hi = min_int(s.all_hi, row.hi);
+    s.any_own |= row.own >= 0;
     if (row.lo == row.hi) continue;
     s.lo = min_int(s.lo, row.lo);
     s.hi = max_int(s.hi, row.hi);

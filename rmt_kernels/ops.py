@@ -22,11 +22,12 @@ _SHARED = (
 _TENSORS = 13  # of _SHARED, in front
 _DIFFERENTIABLE = 5  # query, key, value, cache_key, cache_value
 _library = torch.library.Library("rmt_kernels", "DEF")
-_library.define(f"forward({_SHARED}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)  # strides of the inputs decide the outputs'
+_library.define(f"forward({_SHARED}) -> (Tensor, Tensor)", tags=_TAGS)
 _library.define(
     f"backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_SHARED}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=_TAGS,
 )
 forward = torch.ops.rmt_kernels.forward.default
 backward = torch.ops.rmt_kernels.backward.default
@@ -41,8 +42,9 @@ def register_kernels(
 ) -> None:
     """Make a backend's kernels reachable through the operators. They get the operator's arguments without its name.
 
-    out and the gradients are laid out (batch, rows, heads, head_dim) in memory and returned with rows and heads
-    swapped, so that the usual ``transpose(1, 2).flatten(2)`` after attention copies nothing.
+    out lies in memory as query does, a gradient as its tensor: (batch, heads, rows, head_dim), or, where rows lie
+    outside heads, as after a projection, (batch, rows, heads, head_dim) seen transposed. So neither the kernels nor
+    the ``transpose(1, 2).flatten(2)`` that follows attention jump about or copy.
     """
     _FORWARD[backend], _BACKWARD[backend] = forward, backward
 
@@ -62,6 +64,8 @@ for _device in ("CPU", "CUDA"):
 
 def _like(tensor: Tensor) -> Tensor:
     batch, heads, rows, head_dim = tensor.shape
+    if tensor.stride(1) >= tensor.stride(2):
+        return tensor.new_empty((batch, heads, rows, head_dim))
     return tensor.new_empty((batch, rows, heads, head_dim)).transpose(1, 2)
 
 

@@ -45,8 +45,9 @@ rmt::Matrix matrix(const Tensor& t) {
   return {static_cast<char*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// Same shape, laid out (batch, rows, heads, head_dim) in memory.
+// Same shape; heads and rows in memory in the order that `t` has them. ops.py's fake kernels say the same.
 Tensor like(const Tensor& t) {
+  if (t.stride(1) >= t.stride(2)) return at::empty(t.sizes(), t.options());
   return at::empty({t.size(0), t.size(2), t.size(1), t.size(3)}, t.options()).transpose(1, 2);
 }
 

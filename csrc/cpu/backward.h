@@ -122,9 +122,9 @@ class Backward {
     const int from = panel * kPanel;
     const auto keys = head_of<T>(p_.key, p_.cache_key, p_.cache_rows, b, g);
     const auto values = head_of<T>(p_.value, p_.cache_value, p_.cache_rows, b, g);
-    stage_panel(to.k, n_.staged, keys, from, p_.keys, p_.head_dim, live);
+    const int rows = stage_panel(to.k, n_.staged, keys, from, p_.keys, p_.head_dim, live);
     stage_panel(to.v, n_.staged, values, from, p_.keys, p_.head_dim, live);
-    pack_transposed<Engine>(Engine::pair == 1 ? to.kt : w.stage, to.k, n_.staged);
+    pack_transposed<Engine>(Engine::pair == 1 ? to.kt : w.stage, to.k, n_.staged, rows);
     if constexpr (Engine::pair == 2) part_pairs(to.kt, w.stage, n_.staged, kPanel);
   }
 
@@ -137,6 +137,10 @@ class Backward {
       const bool sees = to.rows[i].lo < to.rows[i].hi || to.rows[i].own >= 0;
       to.lse[i] = sees ? p_.lse[base + i] * kLog2e : kInf;
       to.delta[i] = 0.0f;
+      if (i + kAhead < p_.queries) {
+        prefetch_row(rmt::RMT_ISA::row_of<T>(p_.out, b, h, i + kAhead), p_.head_dim);
+        prefetch_row(rmt::RMT_ISA::row_of<T>(p_.grad_out, b, h, i + kAhead), p_.head_dim);
+      }
       if (!sees) continue;
       to.delta[i] = dot(rmt::RMT_ISA::row_of<T>(p_.out, b, h, i), rmt::RMT_ISA::row_of<T>(p_.grad_out, b, h, i),
                         p_.head_dim) - (p_.grad_lse ? p_.grad_lse[base + i] : 0.0f);
@@ -146,9 +150,9 @@ class Backward {
     const auto sees = [&](int i) { return to.lse[i] != kInf; };
     const auto pack = [&](const Matrix& m, E* transposed, E* plain) {
       const Rows<T> rows = head_of<T>(m, m, 0, b, h);
-      stage_panel(w.stage, n_.staged, rows, from, p_.queries, p_.head_dim, sees);
-      pack_transposed<Engine>(transposed + panel * n_.transposed_panel(), w.stage, n_.staged);
-      pack_rows<Engine>(plain, n_.queries, from, n_.width, w.stage, n_.staged);
+      const int staged = stage_panel(w.stage, n_.staged, rows, from, p_.queries, p_.head_dim, sees);
+      pack_transposed<Engine>(transposed + panel * n_.transposed_panel(), w.stage, n_.staged, staged);
+      pack_rows<Engine>(plain, n_.queries, from, n_.width, w.stage, n_.staged, staged);
     };
     pack(p_.query, to.qt, to.q);
     pack(p_.grad_out, to.dot, to.dout);
@@ -212,13 +216,12 @@ class Backward {
     }
   }
 
-  int query_count(int i) const { return min_int(kPanel, round_up(p_.queries - i * kPanel, 16)); }
-  int key_count(int j) const { return min_int(kPanel, round_up(p_.keys - j * kPanel, 16)); }
+  int query_count(int i) const { return panel_rows(i * kPanel, p_.queries); }
+  int key_count(int j) const { return panel_rows(j * kPanel, p_.keys); }
 
   // Tile (i, j): P^T and dS^T into columns [at, ...) of the run, and dQ^T where it is wanted.
   void tile(const KeySide& k, const QuerySide& q, const Workspace& w, int b, int h, int i, int j, int at,
             float* dq) const {
-    // The last panels may be short: 16 is the step of a product's columns and, paired, of its depth.
     const int from = j * kPanel, keys = key_count(j), queries = query_count(i);
     const E *qt = q.qt + i * n_.transposed_panel(), *dot = q.dot + i * n_.transposed_panel();
     Engine::gemm(rt_, keys, queries, n_.depth, k.k, n_.staged, qt, kPanel, w.s, kPanel, false);
@@ -241,6 +244,7 @@ class Backward {
   // SELF entries of query panel i whose key lies in key panel j, row by row.
   void own_rows(const QuerySide& q, const Workspace& w, int b, int g, int h, int i, int j, float* dq,
                 bool want_keys) const {
+    if (!q.spans[i].any_own || !holds_own_keys(j)) return;
     const Sample sample = p_.sample(b);
     for (int c = 0; c < kPanel; ++c) {
       const int at = i * kPanel + c, own = q.rows[at].own;
@@ -256,8 +260,11 @@ class Backward {
         add_scaled(w.dv + (own - j * kPanel) * n_.width, dout, p * keep, p_.head_dim);
         add_scaled(w.dk + (own - j * kPanel) * n_.width, query, ds, p_.head_dim);
       }
-      if (dq)
-        for (int d = 0; d < p_.head_dim; ++d) dq[d * kPanel + c] += ds * widen_one(key[d]);
+      if (dq) {
+        memset(w.row, 0, sizeof(float) * n_.width);
+        add_scaled(w.row, key, ds, p_.head_dim);
+        for (int d = 0; d < p_.head_dim; ++d) dq[d * kPanel + c] += w.row[d];
+      }
     }
   }
 
@@ -278,11 +285,22 @@ class Backward {
       store_scaled(rmt::RMT_ISA::row_of<T>(p_.grad_query, b, h, i * kPanel + r), w.row + r * n_.width, 1.0f, p_.head_dim);
   }
 
+  bool holds_own_keys(int j) const {
+    for (const RowForm& form : p_.layout.form)
+      if (form.own >= 0 && form.own < (j + 1) * kPanel && form.own + form.rows > j * kPanel) return true;
+    return false;
+  }
+
   // All tiles of key panel j, for every head of the group.
   void key_column(int slot, const Workspace& w, int b, int g, int j, bool with_queries) const {
     const KeySide k = key_side(slot, j);
-    memset(w.dk, 0, sizeof(float) * kPanel * n_.width);
-    memset(w.dv, 0, sizeof(float) * kPanel * n_.width);
+    bool summed = false;  // whether dk and dv hold numbers to add to
+    const auto clear = [&] {
+      memset(w.dk, 0, sizeof(float) * kPanel * n_.width);
+      memset(w.dv, 0, sizeof(float) * kPanel * n_.width);
+      summed = true;
+    };
+    if (holds_own_keys(j)) clear();
     for (int x = 0; x < p_.group(); ++x) {
       const QuerySide q = query_side(slot, x);
       const int h = g * p_.group() + x;
@@ -296,15 +314,17 @@ class Backward {
         }
         if (columns) {
           multiply_rows<Engine>(rt_, key_count(j), columns, w.p, kStride, q.dout, n_.queries, first * kPanel, n_.width,
-                                w.dv, true);
+                                w.dv, summed);
           multiply_rows<Engine>(rt_, key_count(j), columns, w.ds, kStride, q.q, n_.queries, first * kPanel, n_.width, w.dk,
-                                true);
+                                summed);
+          summed = true;
         }
         if (i == first) ++i;
       }
       for (int i = 0; i < n_.query_panels; ++i)
         own_rows(q, w, b, g, h, i, j, with_queries ? q.dq + n_.packed(i * kPanel) : nullptr, true);
     }
+    if (!summed) clear();
     write_keys(w, b, g, j);
   }
 

@@ -81,11 +81,11 @@ class Forward {
     const int from = panel * kPanel;
     if (from >= live.hi || from + kPanel <= live.lo) return;
     const auto keys = head_of<T>(p_.key, p_.cache_key, p_.cache_rows, b, g);
-    stage_panel(w.stage, n_.staged, keys, from, p_.keys, p_.head_dim, live);
-    pack_transposed<Engine>(to.keys + panel * n_.transposed_panel(), w.stage, n_.staged);
+    const int rows = stage_panel(w.stage, n_.staged, keys, from, p_.keys, p_.head_dim, live);
+    pack_transposed<Engine>(to.keys + panel * n_.transposed_panel(), w.stage, n_.staged, rows);
     const auto values = head_of<T>(p_.value, p_.cache_value, p_.cache_rows, b, g);
     stage_panel(w.stage, n_.staged, values, from, p_.keys, p_.head_dim, live);
-    pack_rows<Engine>(to.values, n_.keys, from, n_.width, w.stage, n_.staged);
+    pack_rows<Engine>(to.values, n_.keys, from, n_.width, w.stage, n_.staged, rows);
   }
 
   // One row of a block: scores to probabilities against a running pivot, the highest score so far. Returns the factor on
@@ -102,7 +102,7 @@ class Forward {
       total += x;
       narrow(p + j, x);
     }
-    if (before == pivot) {
+    if (before == pivot || before == -kInf) {  // in the latter case nothing was summed before
       sum += reduce_add(total);
       return 1.0f;
     }
@@ -126,13 +126,16 @@ class Forward {
       absolute[i] = layout_row(p_.layout, sample, q);
       pivot[i] = -kInf;
       sum[i] = 0.0f;
+      if (q + kRows < p_.queries)
+        prefetch_row(rmt::RMT_ISA::row_of<T>(p_.query, b, h0 + i / queries, q + kRows), p_.head_dim);
       stage_row(w.q + i * n_.staged, rmt::RMT_ISA::row_of<T>(p_.query, b, h0 + i / queries, q), p_.head_dim, n_.staged);
     }
-    memset(w.o, 0, sizeof(float) * count * n_.width);
-    for (int i = 0; i < count; ++i)
+    const Span span = span_of(w.rows, count);
+    bool summed = span.hi == 0 || span.any_own;  // whether `o` holds numbers to add to
+    if (summed) memset(w.o, 0, sizeof(float) * count * n_.width);
+    for (int i = 0; span.any_own && i < count; ++i)
       if (w.rows[i].own >= 0) start_with_own(w, b, g, h0 + i / queries, q0 + i % queries, i, absolute[i], pivot[i], sum[i]);
 
-    const Span span = span_of(w.rows, count);
     int panel = span.lo / kPanel;
     while (panel * kPanel < span.hi) {
       // A block: up to eight panels side by side that some row sees.
@@ -164,7 +167,8 @@ class Forward {
           for (int j = 0; j < keys; j += W) narrow(p + j, widen(p + j) * load<vf>(w.keep + j));
         }
       }
-      multiply_rows<Engine>(rt_, count, keys, w.p, kStride, packed.values, n_.keys, from, n_.width, w.o, true);
+      multiply_rows<Engine>(rt_, count, keys, w.p, kStride, packed.values, n_.keys, from, n_.width, w.o, summed);
+      summed = true;
     }
 
     const float rescale = p_.dropout.on() ? p_.dropout.rescale() : 1.0f;

@@ -28,6 +28,13 @@ T* row_of(const Matrix& m, int b, int h, int64_t i) {
   return reinterpret_cast<T*>(m.data) + b * m.batch + h * m.head + i * m.row;
 }
 
+// Rows of one head lie far apart where heads lie side by side in memory: no hardware prefetcher follows them.
+constexpr int kAhead = 12;  // rows
+template <class T>
+RMT_INLINE void prefetch_row(const T* row, int count) {
+  for (int j = 0; j < count; j += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(row + j);
+}
+
 // Copy `count` elements as E, zeros up to `width`. bfloat16 -> bfloat16 copies bits; all else passes through float.
 template <class E, class T>
 RMT_INLINE void stage_row(E* to, const T* from, int count, int width) {

@@ -65,20 +65,21 @@ void multiply_rows(const Runtime& rt, int m, int k, const typename Engine::elem*
   }
 }
 
-// Pack 64 staged rows (row-major, `staged` wide) starting at `row` of `packed`.
+// Pack `count` staged rows (row-major, `staged` wide) at `row` of `packed`.
 template <class Engine>
 void pack_rows(typename Engine::elem* packed, int rows, int row, int width, const typename Engine::elem* from,
-               int staged) {
+               int staged, int count) {
   for (int d = 0; d * kPanel < width; ++d) {
-    const int count = min_int(kPanel, width - d * kPanel);
-    auto* to = packed + static_cast<size_t>(rows) * d * kPanel + static_cast<size_t>(row) * count;
-    pair_rows<Engine>(to, count, from + d * kPanel, staged, kPanel, count);
+    const int columns = min_int(kPanel, width - d * kPanel);
+    auto* to = packed + static_cast<size_t>(rows) * d * kPanel + static_cast<size_t>(row) * columns;
+    pair_rows<Engine>(to, columns, from + d * kPanel, staged, count, columns);
   }
 }
+// Pack `count` staged rows as the columns of a panel.
 template <class Engine>
-void pack_transposed(typename Engine::elem* panel, const typename Engine::elem* from, int staged) {
+void pack_transposed(typename Engine::elem* panel, const typename Engine::elem* from, int staged, int count) {
   const int words = staged / Engine::pair;
-  transpose(reinterpret_cast<uint32_t*>(panel), kPanel, reinterpret_cast<const uint32_t*>(from), words, kPanel, words);
+  transpose(reinterpret_cast<uint32_t*>(panel), kPanel, reinterpret_cast<const uint32_t*>(from), words, count, words);
 }
 
 // The keys of a sample that some query row may see, or a few more. Others are packed as zeros or not at all: what they
@@ -110,17 +111,23 @@ inline Live live_of(const Problem& p, const Sample& sample) {
   return live;
 }
 
-// Stage 64 rows from `from`; rows that are not live, and rows past the end, become zeros.
+// Rows of a panel that starts at `from`, rounded up to 16: the step of a product's columns and, paired, of its depth.
+RMT_INLINE int panel_rows(int from, int end) { return min_int(kPanel, round_up(end - from, 16)); }
+
+// Stage the rows of a panel; rows that are not live, and rows past the end, become zeros. Returns how many.
 template <class E, class T, class IsLive>
-void stage_panel(E* to, int staged, const Rows<T>& rows, int from, int end, int head_dim, IsLive live) {
-  for (int i = 0; i < kPanel; ++i, to += staged) {
+int stage_panel(E* to, int staged, const Rows<T>& rows, int from, int end, int head_dim, IsLive live) {
+  const int count = panel_rows(from, end);
+  for (int i = 0; i < count; ++i, to += staged) {
     const int row = from + i;
+    if (row + kAhead < end) prefetch_row(rows[row + kAhead], head_dim);
     if (row < end && live(row)) {
       stage_row(to, rows[row], head_dim, staged);
     } else {
       memset(to, 0, staged * sizeof(E));
     }
   }
+  return count;
 }
 
 RMT_INLINE void fill_hidden(float* s, int from, int to) {
@@ -176,6 +183,11 @@ template <class T>
 RMT_INLINE float dot(const T* a, const T* b, int count) {
   vf sum{};
   int j = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>)
+    for (; j + 2 * W <= count; j += 2 * W)
+      sum = (vf)_mm512_dpbf16_ps((__m512)sum, load<__m512bh>(a + j), load<__m512bh>(b + j));
+#endif
   for (; j + W <= count; j += W) sum += widen(a + j) * widen(b + j);
   if (j < count) sum += widen_part(a + j, count - j) * widen_part(b + j, count - j);
   return reduce_add(sum);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -159,12 +160,6 @@ RMT_INLINE void narrow(f16* p, vf x) {
   half = magnitude > 0x7F800000u ? vu{} + 0x7E00u : half;
   store(p, __builtin_convertvector(sign | half, vh));
 #endif
-}
-RMT_INLINE float widen_one(float x) { return x; }
-template <class T>
-RMT_INLINE float widen_one(T x) {
-  T buffer[W] = {x};
-  return widen(buffer)[0];
 }
 
 // The first `count` < W elements of a row; the rest reads as 0 and is never touched.
