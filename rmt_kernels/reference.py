@@ -6,10 +6,17 @@ from dataclasses import replace
 
 import torch
 
-from rmt_kernels.layout import Region, SegmentLayout
+from rmt_kernels.layout import SegmentLayout
 from rmt_kernels.philox import dropout_keep
 
 __all__ = ["reference_attention", "segment_mask"]
+
+
+# torch.compile cannot trace the making of a mask, so this is run, not traced.
+@torch.compiler.assume_constant_result
+def _whole_mask(layout: SegmentLayout, device: torch.device) -> torch.Tensor:
+    """(query rows of the layout, skipped ones included, keys)."""
+    return replace(layout, skip=0).dense_mask(device)
 
 
 def segment_mask(
@@ -23,25 +30,25 @@ def segment_mask(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The mask of a call, bool (batch, queries, keys), and the layout row of each query, int64 (batch, queries)."""
     rows = torch.arange(layout.num_queries, device=device).expand(batch, -1) + layout.skip
-    whole = replace(layout, skip=0) if layout.skip else layout
-    first, tokens = layout.query_offset(Region.TOKENS), layout.tokens
+    first, tokens = layout.forms[0].rows, layout.tokens
+    cache, read, token_keys, _ = layout.key_sizes
     if query_start is not None:
         rows = first + query_start.long()[:, None] + torch.arange(layout.num_queries, device=device)
-    mask = whole.dense_mask(device)[rows]
+    mask = _whole_mask(layout, device)[rows]
     position = rows - first  # TOKENS position of a query row, meaningful where is_token
-    is_token = (position >= 0) & (position < (tokens if Region.TOKENS in layout.queries else 0))
+    is_token = (position >= 0) & (position < layout.forms[1].rows)
 
     begin = torch.zeros(batch, dtype=torch.int64, device=device) if token_starts is None else token_starts.long()
     end = torch.full((batch,), tokens, device=device) if token_lengths is None else token_lengths.long()
     padded = is_token & ((position < begin[:, None]) | (position >= end[:, None]))
     mask = mask & ~padded[..., None]
 
-    token_key = torch.arange(layout.num_keys, device=device) - layout.key_offset(Region.TOKENS)
-    in_tokens = (token_key >= 0) & (token_key < layout.key_size(Region.TOKENS))
+    token_key = torch.arange(layout.num_keys, device=device) - (cache + read)
+    in_tokens = (token_key >= 0) & (token_key < token_keys)
     mask = mask & ~(in_tokens & ((token_key < begin[:, None]) | (token_key >= end[:, None])))[:, None]
     if cache_starts is not None:
         keys = torch.arange(layout.num_keys, device=device)
-        stale = (keys < layout.key_size(Region.CACHE)) & (keys < cache_starts.long()[:, None])
+        stale = (keys < cache) & (keys < cache_starts.long()[:, None])
         mask = mask & ~stale[:, None]
     return mask, rows
 

@@ -67,9 +67,21 @@ def _layout_mask(layout: SegmentLayout, device: torch.device) -> tuple[Tensor, T
     return mask | blind, blind
 
 
-@lru_cache(maxsize=32)
+# torch.compile cannot trace the making of a mask, so these two are run, not traced.
+@torch.compiler.assume_constant_result
+def _blind(layout: SegmentLayout, device: torch.device) -> Tensor:
+    """(queries, 1): rows that see nothing."""
+    return _layout_mask(layout, device)[1]
+
+
+@torch.compiler.assume_constant_result
 def dense_bias(layout: SegmentLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The mask as an additive bias (queries, keys), 0 or -inf: the fastest form of a dense mask for SDPA."""
+    return _cached_bias(layout, dtype, device)
+
+
+@lru_cache(maxsize=32)
+def _cached_bias(layout: SegmentLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
     mask, _ = _layout_mask(layout, device)
     return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, float("-inf"))
 
@@ -77,7 +89,7 @@ def dense_bias(layout: SegmentLayout, dtype: torch.dtype, device: torch.device) 
 def _dense(call: Call) -> Tensor:
     key, value = _joined(call)
     if _plain(call):
-        _, blind = _layout_mask(call.layout, call.query.device)
+        blind = _blind(call.layout, call.query.device)
         bias = dense_bias(call.layout, call.query.dtype, call.query.device)
     else:
         mask, _ = segment_mask(
