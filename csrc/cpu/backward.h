@@ -1,7 +1,7 @@
 // Backward: five products on every visible 64 x 64 tile, probabilities recomputed from lse.
 //
 // A tile holds keys as rows and queries as columns, so that per-query numbers (lse, delta) are vectors:
-//   S^T = K Q^T, dP^T = V dO^T, P^T = exp2(c S^T - lse2), dS^T = P^T (dP^T - delta),
+//   S^T = K Q^T, dP^T = V dO^T, P^T = exp2(c S^T - lse2), dS^T = P^T (dP^T - delta), times the scale when dQ and dK are written,
 //   dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T.
 // Tile (i, j) of queries and keys is added to dK_j, dV_j in ascending i and to dQ_i in ascending j, whoever runs it:
 // by a thread that owns the head and keeps all of dQ^T, or, where there are fewer heads than threads, by one thread for
@@ -189,7 +189,7 @@ class Backward {
             dp *= keep;
             dropped *= keep;
           }
-          ds[e] = p * (dp - delta) * p_.scale;
+          ds[e] = p * (dp - delta);
           narrow(w.p + x, dropped);
           narrow(w.ds + x, ds[e]);
         }
@@ -255,7 +255,7 @@ class Backward {
       const float p = exp2<6>(splat(dot(query, key, p_.head_dim) * c_ - q.lse[at]))[0];
       const float keep = p_.dropout.on()
           ? draw_one(p_.dropout, own, layout_row(p_.layout, sample, at), h, b) * p_.dropout.rescale() : 1.0f;
-      const float ds = p * (dot(dout, value, p_.head_dim) * keep - q.delta[at]) * p_.scale;
+      const float ds = p * (dot(dout, value, p_.head_dim) * keep - q.delta[at]);
       if (want_keys) {
         add_scaled(w.dv + (own - j * kPanel) * n_.width, dout, p * keep, p_.head_dim);
         add_scaled(w.dk + (own - j * kPanel) * n_.width, query, ds, p_.head_dim);
@@ -274,7 +274,7 @@ class Backward {
       const bool cached = key < p_.cache_rows;
       const Matrix &dk = cached ? p_.grad_cache_key : p_.grad_key, &dv = cached ? p_.grad_cache_value : p_.grad_value;
       const int row = cached ? key : key - p_.cache_rows;
-      store_scaled(rmt::RMT_ISA::row_of<T>(dk, b, g, row), w.dk + r * n_.width, 1.0f, p_.head_dim);
+      store_scaled(rmt::RMT_ISA::row_of<T>(dk, b, g, row), w.dk + r * n_.width, p_.scale, p_.head_dim);
       store_scaled(rmt::RMT_ISA::row_of<T>(dv, b, g, row), w.dv + r * n_.width, 1.0f, p_.head_dim);
     }
   }
@@ -282,7 +282,7 @@ class Backward {
     transpose(reinterpret_cast<uint32_t*>(w.row), n_.width, reinterpret_cast<const uint32_t*>(dq), kPanel, n_.width,
               kPanel);
     for (int r = 0; r < min_int(kPanel, p_.queries - i * kPanel); ++r)
-      store_scaled(rmt::RMT_ISA::row_of<T>(p_.grad_query, b, h, i * kPanel + r), w.row + r * n_.width, 1.0f, p_.head_dim);
+      store_scaled(rmt::RMT_ISA::row_of<T>(p_.grad_query, b, h, i * kPanel + r), w.row + r * n_.width, p_.scale, p_.head_dim);
   }
 
   bool holds_own_keys(int j) const {

@@ -55,7 +55,6 @@ RMT_INLINE vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); 
 RMT_INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 RMT_INLINE float reduce_max(vf a) { return _mm512_reduce_max_ps((__m512)a); }
 RMT_INLINE float reduce_add(vf a) { return _mm512_reduce_add_ps((__m512)a); }
-RMT_INLINE vf round(vf a) { return (vf)_mm512_roundscale_ps((__m512)a, 8); }
 #else
 RMT_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 RMT_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
@@ -76,14 +75,13 @@ RMT_INLINE vf round(vf a) { return (a + 12582912.0f) - 12582912.0f; }
 // 2^x. Degree 6 has relative error 9.6e-8, degree 4 2.7e-6 (minimax on [-1/2, 1/2]). Exact 0 at -inf, inf beyond 2^128.
 template <int Degree>
 RMT_INLINE vf exp2(vf x) {
-#if !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  const vf f = (vf)_mm512_reduce_ps((__m512)x, 8), n = x - f;  // the part of an infinity is 0, so n keeps it
+#else
   x = x < splat(-127.0f) ? splat(-127.0f) : x;
   x = x > splat(128.0f) ? splat(128.0f) : x;
-#else
-  // One range for both ends: 2^-200 underflows to 0, and -inf - round(-inf) would be NaN.
-  x = (vf)_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);
-#endif
   const vf n = round(x), f = x - n;
+#endif
   vf p;
   if constexpr (Degree == 6) {
     p = splat(1.53458124e-4f);
