@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
-class CMakeBuild(build_ext):
+class CMakeBuild(build_ext):  # type: ignore[misc]
     """Runs CMake for every extension; a missing compiler or torch is an explained omission."""
 
     def build_extension(self, ext: Extension) -> None:

@@ -66,7 +66,8 @@ def _call(case: Case, inputs: Inputs) -> Call:
 
 
 def _bias(case: Case, inputs: Inputs) -> Tensor:
-    return stock.dense_bias(case.layout, inputs.query.dtype, inputs.query.device)
+    bias: Tensor = stock.dense_bias(case.layout, inputs.query.dtype, inputs.query.device)
+    return bias
 
 
 def _build_naive(case: Case, inputs: Inputs) -> Run:

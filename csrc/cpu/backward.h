@@ -1,8 +1,8 @@
 // Backward: five products on every visible 64 x 64 tile, probabilities recomputed from lse.
 //
 // A tile holds keys as rows and queries as columns, so that per-query numbers (lse, delta) are vectors:
-//   S^T = K Q^T, dP^T = V dO^T, P^T = exp2(c S^T - lse2), dS^T = P^T (dP^T - delta), times the scale when dQ and dK are written,
-//   dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T.
+//   S^T = K Q^T, dP^T = V dO^T, P^T = exp2(c S^T - lse2), dS^T = P^T (dP^T - delta),
+//   dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T, the last two times the scale when they are written.
 // Tile (i, j) of queries and keys is added to dK_j, dV_j in ascending i and to dQ_i in ascending j, whoever runs it:
 // by a thread that owns the head and keeps all of dQ^T, or, where there are fewer heads than threads, by one thread for
 // the column (dK, dV) and another for the row (dQ), each recomputing the tile.
