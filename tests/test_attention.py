@@ -309,9 +309,21 @@ def test_shapes_and_dtypes(backend: str, dtype: torch.dtype) -> None:
 
 
 @needs_cpu
-def test_joining_the_heads_copies_nothing() -> None:
-    out = segment_attention(**arguments(), backend="cpu")
-    assert out.transpose(1, 2).is_contiguous()
+def test_results_lie_in_memory_as_their_tensors() -> None:
+    """After a projection rows lie outside heads; then joining the heads of out copies nothing."""
+    call = arguments()
+    tensors = {name: call[name].contiguous().requires_grad_() for name in ("query", "key", "value")}
+    out = segment_attention(**call | tensors, backend="cpu")
+    grads = torch.autograd.grad(out.sum(), list(tensors.values()))
+    assert all(tensor.is_contiguous() for tensor in (out, *grads))
+
+    tensors = {
+        name: tensor.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        for name, tensor in tensors.items()
+    }
+    out = segment_attention(**call | tensors, backend="cpu")
+    grads = torch.autograd.grad(out.sum(), list(tensors.values()))
+    assert all(tensor.transpose(1, 2).is_contiguous() for tensor in (out, *grads))
 
 
 @pytest.fixture(params=KERNELS, ids=lambda backend: backend.name)
