@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks import report
 from benchmarks.environment import ROOT, environment
@@ -24,6 +24,7 @@ _FILES = (
     "report.html",
     "report.md",
 )
+_PARTS = ("comparison", "suite", "model")
 
 
 def _part(number: int, of: int, what: str) -> None:
@@ -35,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--full", action="store_true", help="every case, dtype and length: about 15 minutes, not 3")
     parser.add_argument("--out", type=Path, default=report.LATEST, metavar="DIR", help="where results are written")
+    parser.add_argument(
+        "--parts", nargs="+", choices=_PARTS, default=_PARTS, metavar="PART", help=f"some of {', '.join(_PARTS)}"
+    )
     options = parser.parse_args(arguments)
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -44,20 +48,22 @@ def main(arguments: list[str] | None = None) -> int:
     broken = []
 
     plan = FULL if options.full else QUICK
-    _part(
-        1, 4, f"interleaved comparison with stock PyTorch (at most {plan.seconds:.0f} s, what does not fit is listed)"
-    )
-    results = run(plan)
+    results: dict[str, Any] = {"plan": plan.name, "left_out": []}
+    if "comparison" in options.parts:
+        limit = f"at most {plan.seconds:.0f} s, what does not fit is listed"
+        _part(1, 4, f"interleaved comparison with stock PyTorch ({limit})")
+        results = run(plan)
     results["environment"] = environment()
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
-    _part(2, 4, "pytest-benchmark suite" + ("" if options.full else ", a selection"))
-    full = ["--full"] if options.full else []
-    suite = ["-m", "pytest", "benchmarks", "-q", f"--benchmark-json={out / 'pytest_benchmark.json'}", *full]
-    if subprocess.run([sys.executable, *suite], cwd=ROOT, check=False).returncode != 0:
-        broken.append("the pytest-benchmark suite failed")
+    if "suite" in options.parts:
+        _part(2, 4, "pytest-benchmark suite" + ("" if options.full else ", a selection"))
+        full = ["--full"] if options.full else []
+        suite = ["-m", "pytest", "benchmarks", "-q", f"--benchmark-json={out / 'pytest_benchmark.json'}", *full]
+        if subprocess.run([sys.executable, *suite], cwd=ROOT, check=False).returncode != 0:
+            broken.append("the pytest-benchmark suite failed")
 
-    if importlib.util.find_spec("benchmarks.language_model") is not None:
+    if "model" in options.parts:
         _part(3, 4, "a language model on real text, with naive attention and with ours")
         quick = [] if options.full else ["--quick"]
         model = [sys.executable, "-m", "benchmarks.language_model", *quick, "--out", str(out)]

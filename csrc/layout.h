@@ -39,13 +39,12 @@ struct Sample {
   int query_start;  // TOKENS position of the first query row, or -1
 };
 
-// Row sees keys [lo, hi) outside [gap_lo, gap_hi), and key own where own >= 0. Empty: lo == hi; no gap: gap_lo == gap_hi.
+// Row sees keys [lo, hi) outside [gap_lo, gap_hi), and key own where own >= 0. Empty: lo == hi; no gap: gap_lo ==
+// gap_hi.
 struct Row {
   int lo, hi, gap_lo, gap_hi, own;
 
-  RMT_HD bool sees(int key) const {
-    return (key >= lo && key < hi && !(key >= gap_lo && key < gap_hi)) || key == own;
-  }
+  RMT_HD bool sees(int key) const { return (key >= lo && key < hi && !(key >= gap_lo && key < gap_hi)) || key == own; }
 };
 
 // Index of query row `q` of the call among all query rows of the layout: what dropout counts.
@@ -91,7 +90,7 @@ RMT_HD Row row_of(const Layout& layout, const Sample& sample, int q) {
 // Keys that some row of a tile sees lie in [lo, hi) outside [gap_lo, gap_hi).
 struct Span {
   int lo, hi, gap_lo, gap_hi;
-  int all_lo, all_hi;  // every row sees [all_lo, all_hi), gaps of single rows aside
+  int all_lo, all_hi;          // every row sees [all_lo, all_hi), gaps of single rows aside
   int any_gap_lo, any_gap_hi;  // the union of the rows' gaps
   bool any_own;                // some row has a SELF key
 
@@ -100,9 +99,7 @@ struct Span {
     return from >= all_lo && to <= all_hi && (to <= any_gap_lo || from >= any_gap_hi);
   }
   // No row of the tile sees a key of [from, to).
-  RMT_HD bool closed(int from, int to) const {
-    return to <= lo || from >= hi || (from >= gap_lo && to <= gap_hi);
-  }
+  RMT_HD bool closed(int from, int to) const { return to <= lo || from >= hi || (from >= gap_lo && to <= gap_hi); }
 };
 
 RMT_HD Span span_of(const Row* rows, int count) {

@@ -1,11 +1,10 @@
 // The module rmt_kernels._cpu: tensors in, tensors out. Shapes, dtypes and devices were checked in attention.py; the
 // values of lengths and starts are checked here.
-#include <torch/csrc/utils/pybind.h>
-#include <torch/version.h>
-
 #include <ATen/ops/empty.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
 
 #include <optional>
 #include <stdexcept>
@@ -31,10 +30,14 @@ rmt::Layout parse_layout(const std::vector<int64_t>& ints) {
 
 rmt::Type type_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kFloat: return rmt::Type::f32;
-    case at::kBFloat16: return rmt::Type::bf16;
-    case at::kHalf: return rmt::Type::f16;
-    default: throw py::type_error("query must be float32, bfloat16 or float16");
+    case at::kFloat:
+      return rmt::Type::f32;
+    case at::kBFloat16:
+      return rmt::Type::bf16;
+    case at::kHalf:
+      return rmt::Type::f16;
+    default:
+      throw py::type_error("query must be float32, bfloat16 or float16");
   }
 }
 
@@ -112,11 +115,12 @@ struct Call {
   }
 };
 
-#define RMT_SHARED                                                                                           \
-  const Tensor &query, const Tensor &key, const Tensor &value, const MaybeTensor &cache_key,                 \
-      const MaybeTensor &cache_value, const MaybeTensor &lengths, const MaybeTensor &starts,                 \
-      const MaybeTensor &cache_starts, const MaybeTensor &query_start, const MaybeTensor &seed,              \
-      const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const std::vector<int64_t>&layout, double scale, double dropout_p, const std::string&
+#define RMT_SHARED                                                                                                   \
+  const Tensor &query, const Tensor &key, const Tensor &value, const MaybeTensor &cache_key,                         \
+      const MaybeTensor &cache_value, const MaybeTensor &lengths, const MaybeTensor &starts,                         \
+      const MaybeTensor &cache_starts, const MaybeTensor &query_start, const MaybeTensor &seed, const MaybeTensor &, \
+      const MaybeTensor &, const MaybeTensor &, const std::vector<int64_t>&layout, double scale, double dropout_p,   \
+      const std::string &
 #define RMT_PASS \
   query, key, value, cache_key, cache_value, lengths, starts, cache_starts, query_start, seed, layout, scale, dropout_p
 
@@ -130,7 +134,7 @@ std::tuple<Tensor, Tensor> forward(RMT_SHARED) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const MaybeTensor& grad_lse,
-                                                           const Tensor& out, const Tensor& lse, RMT_SHARED) {
+                                                            const Tensor& out, const Tensor& lse, RMT_SHARED) {
   Call call(RMT_PASS);
   auto& p = call.problem;
   Tensor dq = like(query), dk = like(key), dv = like(value), dck, dcv;

@@ -15,30 +15,30 @@ namespace rmt::RMT_ISA {
 template <class Engine, class T>
 class Backward {
   using E = typename Engine::elem;
-  static constexpr int kRun = 4 * kPanel;  // queries whose tiles are added to dK and dV at once
+  static constexpr int kRun = 4 * kPanel;    // queries whose tiles are added to dK and dV at once
   static constexpr int kStride = kRun + 16;  // of a run in memory: a power of two would crowd a few cache sets
 
   struct KeySide {  // of one key panel
     E *k, *v;       // (64, staged)
     E* kt;          // (staged, 64): K^T, row-major
   };
-  struct QuerySide {   // of one (batch, query head)
-    E *qt, *dot;       // [panels][staged / pair][64][pair]: Q^T and dO^T
-    E *q, *dout;       // [width panels][queries / pair][columns][pair]: Q and dO
+  struct QuerySide {     // of one (batch, query head)
+    E *qt, *dot;         // [panels][staged / pair][64][pair]: Q^T and dO^T
+    E *q, *dout;         // [width panels][queries / pair][columns][pair]: Q and dO
     float *lse, *delta;  // (queries): lse in log2 units, +inf where the row sees nothing; delta - grad of lse
     float* dq;           // [panels](width, 64): dQ^T
     Row* rows;           // (queries)
     Span* spans;         // (panels)
   };
-  struct Workspace {    // of one thread
-    E* stage;           // (64, staged)
-    float *s, *dp;      // (64, 64): S^T and dP^T
-    E *p, *ds;          // (64, run): P^T and dS^T as left operands
-    E* ds_right;        // (64, 64): dS^T as right operand
-    float *keep;        // (64, 64)
-    float *dk, *dv;     // (64, width)
-    float *dq;          // (width, 64), where no query side keeps it
-    float *row;         // (width, 64): dQ turned around
+  struct Workspace {  // of one thread
+    E* stage;         // (64, staged)
+    float *s, *dp;    // (64, 64): S^T and dP^T
+    E *p, *ds;        // (64, run): P^T and dS^T as left operands
+    E* ds_right;      // (64, 64): dS^T as right operand
+    float* keep;      // (64, 64)
+    float *dk, *dv;   // (64, width)
+    float* dq;        // (width, 64), where no query side keeps it
+    float* row;       // (width, 64): dQ turned around
   };
 
   const Problem& p_;
@@ -47,12 +47,6 @@ class Backward {
   const float c_;
 
   int units() const { return p_.batch * p_.kv_heads; }
-  // Whole units a thread where that keeps all threads busy; else tile rows and tile columns of all units.
-  static bool by_unit(const Problem& p, int threads) {
-    const int units = p.batch * p.kv_heads;
-    return threads == 1 || units % threads == 0 || units >= 8 * threads;
-  }
-
   KeySide carve_keys(Arena& arena) const {
     KeySide k;
     k.k = arena.take<E>(n_.transposed_panel());
@@ -138,12 +132,12 @@ class Backward {
       to.lse[i] = sees ? p_.lse[base + i] * kLog2e : kInf;
       to.delta[i] = 0.0f;
       if (i + kAhead < p_.queries) {
-        prefetch_row(rmt::RMT_ISA::row_of<T>(p_.out, b, h, i + kAhead), p_.head_dim);
-        prefetch_row(rmt::RMT_ISA::row_of<T>(p_.grad_out, b, h, i + kAhead), p_.head_dim);
+        prefetch_row(row_at<T>(p_.out, b, h, i + kAhead), p_.head_dim);
+        prefetch_row(row_at<T>(p_.grad_out, b, h, i + kAhead), p_.head_dim);
       }
       if (!sees) continue;
-      to.delta[i] = dot(rmt::RMT_ISA::row_of<T>(p_.out, b, h, i), rmt::RMT_ISA::row_of<T>(p_.grad_out, b, h, i),
-                        p_.head_dim) - (p_.grad_lse ? p_.grad_lse[base + i] : 0.0f);
+      to.delta[i] = dot(row_at<T>(p_.out, b, h, i), row_at<T>(p_.grad_out, b, h, i), p_.head_dim) -
+                    (p_.grad_lse ? p_.grad_lse[base + i] : 0.0f);
     }
     to.spans[panel] = span_of(to.rows + from, count);
     // Rows that see nothing take part as zeros, whatever they hold.
@@ -158,8 +152,8 @@ class Backward {
     pack(p_.grad_out, to.dot, to.dout);
   }
 
-  // P^T and dS^T of a tile from S^T and dP^T, elementwise, in columns [at, at + queries) of the run; `from` is its first
-  // key.
+  // P^T and dS^T of a tile from S^T and dP^T, elementwise, in columns [at, at + queries) of the run; `from` is its
+  // first key.
   template <bool Masked, bool Drop>
   void probabilities(const Workspace& w, const QuerySide& q, int i, int from, int keys, int queries, int at) const {
     const float rescale = Drop ? p_.dropout.rescale() : 1.0f;
@@ -237,8 +231,8 @@ class Backward {
     }
     if (!dq) return;
     const bool apart = Engine::pair == 2;
-    Engine::gemm(rt_, n_.width, queries, keys, k.kt, kPanel,
-                 apart ? w.ds_right : w.ds + at, apart ? kPanel : kStride, dq, kPanel, true);
+    Engine::gemm(rt_, n_.width, queries, keys, k.kt, kPanel, apart ? w.ds_right : w.ds + at, apart ? kPanel : kStride,
+                 dq, kPanel, true);
   }
 
   // SELF entries of query panel i whose key lies in key panel j, row by row.
@@ -251,10 +245,11 @@ class Backward {
       if (own < j * kPanel || own >= (j + 1) * kPanel) continue;
       const T* key = head_of<T>(p_.key, p_.cache_key, p_.cache_rows, b, g)[own];
       const T* value = head_of<T>(p_.value, p_.cache_value, p_.cache_rows, b, g)[own];
-      const T *query = rmt::RMT_ISA::row_of<T>(p_.query, b, h, at), *dout = rmt::RMT_ISA::row_of<T>(p_.grad_out, b, h, at);
-      const float p = exp2<6>(splat(dot(query, key, p_.head_dim) * c_ - q.lse[at]))[0];
+      const T *query = row_at<T>(p_.query, b, h, at), *dout = row_at<T>(p_.grad_out, b, h, at);
+      const float p = exp2<6>(min(splat(dot(query, key, p_.head_dim) * c_ - q.lse[at]), vf{}))[0];
       const float keep = p_.dropout.on()
-          ? draw_one(p_.dropout, own, layout_row(p_.layout, sample, at), h, b) * p_.dropout.rescale() : 1.0f;
+                             ? draw_one(p_.dropout, own, layout_row(p_.layout, sample, at), h, b) * p_.dropout.rescale()
+                             : 1.0f;
       const float ds = p * (dot(dout, value, p_.head_dim) * keep - q.delta[at]);
       if (want_keys) {
         add_scaled(w.dv + (own - j * kPanel) * n_.width, dout, p * keep, p_.head_dim);
@@ -274,15 +269,15 @@ class Backward {
       const bool cached = key < p_.cache_rows;
       const Matrix &dk = cached ? p_.grad_cache_key : p_.grad_key, &dv = cached ? p_.grad_cache_value : p_.grad_value;
       const int row = cached ? key : key - p_.cache_rows;
-      store_scaled(rmt::RMT_ISA::row_of<T>(dk, b, g, row), w.dk + r * n_.width, p_.scale, p_.head_dim);
-      store_scaled(rmt::RMT_ISA::row_of<T>(dv, b, g, row), w.dv + r * n_.width, 1.0f, p_.head_dim);
+      store_scaled(row_at<T>(dk, b, g, row), w.dk + r * n_.width, p_.scale, p_.head_dim);
+      store_scaled(row_at<T>(dv, b, g, row), w.dv + r * n_.width, 1.0f, p_.head_dim);
     }
   }
   void write_queries(const Workspace& w, const float* dq, int b, int h, int i) const {
     transpose(reinterpret_cast<uint32_t*>(w.row), n_.width, reinterpret_cast<const uint32_t*>(dq), kPanel, n_.width,
               kPanel);
     for (int r = 0; r < min_int(kPanel, p_.queries - i * kPanel); ++r)
-      store_scaled(rmt::RMT_ISA::row_of<T>(p_.grad_query, b, h, i * kPanel + r), w.row + r * n_.width, p_.scale, p_.head_dim);
+      store_scaled(row_at<T>(p_.grad_query, b, h, i * kPanel + r), w.row + r * n_.width, p_.scale, p_.head_dim);
   }
 
   bool holds_own_keys(int j) const {
@@ -315,8 +310,8 @@ class Backward {
         if (columns) {
           multiply_rows<Engine>(rt_, key_count(j), columns, w.p, kStride, q.dout, n_.queries, first * kPanel, n_.width,
                                 w.dv, summed);
-          multiply_rows<Engine>(rt_, key_count(j), columns, w.ds, kStride, q.q, n_.queries, first * kPanel, n_.width, w.dk,
-                                summed);
+          multiply_rows<Engine>(rt_, key_count(j), columns, w.ds, kStride, q.q, n_.queries, first * kPanel, n_.width,
+                                w.dk, summed);
           summed = true;
         }
         if (i == first) ++i;
@@ -343,7 +338,8 @@ class Backward {
     }
     for (int x = 0; x < p_.group(); ++x) {
       const QuerySide q = query_side(thread, x);
-      for (int i = 0; i < n_.query_panels; ++i) write_queries(w, q.dq + n_.packed(i * kPanel), b, g * p_.group() + x, i);
+      for (int i = 0; i < n_.query_panels; ++i)
+        write_queries(w, q.dq + n_.packed(i * kPanel), b, g * p_.group() + x, i);
     }
     Engine::release(rt_);
   }
@@ -370,7 +366,8 @@ class Backward {
     const QuerySide q = query_side(u, x);
     memset(w.dq, 0, sizeof(float) * kPanel * n_.width);
     for (int j = 0; j < n_.key_panels; ++j) {
-      if (!q.spans[i].closed(j * kPanel, (j + 1) * kPanel)) tile(key_side(u, j), q, w, b, g * p_.group() + x, i, j, 0, w.dq);
+      if (!q.spans[i].closed(j * kPanel, (j + 1) * kPanel))
+        tile(key_side(u, j), q, w, b, g * p_.group() + x, i, j, 0, w.dq);
       own_rows(q, w, b, g, g * p_.group() + x, i, j, w.dq, false);
     }
     write_queries(w, w.dq, b, g * p_.group() + x, i);
@@ -390,16 +387,20 @@ class Backward {
   void run() const {
     void* self = const_cast<Backward*>(this);
     if (by_unit(p_, rt_.threads)) {
-      rt_.parallel(rt_.threads, units(),
-                   [](void* f, int item, int thread) { static_cast<const Backward*>(f)->unit(item, thread); }, self);
+      rt_.parallel(
+          rt_.threads, units(),
+          [](void* f, int item, int thread) { static_cast<const Backward*>(f)->unit(item, thread); }, self);
       return;
     }
-    rt_.parallel(rt_.threads, units() * (n_.key_panels + p_.group() * n_.query_panels),
-                 [](void* f, int item, int thread) { static_cast<const Backward*>(f)->shared_pack(item, thread); }, self);
-    rt_.parallel(rt_.threads, units() * n_.key_panels,
-                 [](void* f, int item, int thread) { static_cast<const Backward*>(f)->shared_column(item, thread); }, self);
-    rt_.parallel(rt_.threads, units() * p_.group() * n_.query_panels,
-                 [](void* f, int item, int thread) { static_cast<const Backward*>(f)->shared_row(item, thread); }, self);
+    rt_.parallel(
+        rt_.threads, units() * (n_.key_panels + p_.group() * n_.query_panels),
+        [](void* f, int item, int thread) { static_cast<const Backward*>(f)->shared_pack(item, thread); }, self);
+    rt_.parallel(
+        rt_.threads, units() * n_.key_panels,
+        [](void* f, int item, int thread) { static_cast<const Backward*>(f)->shared_column(item, thread); }, self);
+    rt_.parallel(
+        rt_.threads, units() * p_.group() * n_.query_panels,
+        [](void* f, int item, int thread) { static_cast<const Backward*>(f)->shared_row(item, thread); }, self);
   }
 };
 

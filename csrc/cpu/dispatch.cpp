@@ -1,11 +1,11 @@
 #include "dispatch.h"
 
-#include "isas.h"
-
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/cpu/Utils.h>
 #include <ATen/native/CPUBlas.h>
+
+#include "isas.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -47,7 +47,8 @@ bool supported(const std::string& isa) {
   if (isa == kEmulated) return bf16;
   if (isa == "avx512bf16") return bf16;
   if (isa == "avx512") return avx512;
-  if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa == "avx2")
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
   return isa == "baseline";
 }
@@ -82,7 +83,8 @@ size_t find(const std::string& name) {
     if (all()[i].isa == name) return i;
     accepted += (i ? ", " : "") + std::string(all()[i].isa);
   }
-  throw std::invalid_argument("RMT_KERNELS_CPU_ISA: '" + name + "' is not usable on this processor; accepted: " + accepted);
+  throw std::invalid_argument("RMT_KERNELS_CPU_ISA: '" + name +
+                              "' is not usable on this processor; accepted: " + accepted);
 }
 
 std::atomic<int>& chosen() {

@@ -8,9 +8,9 @@
 
 namespace rmt {
 
-std::vector<std::string> usable_isas();      // best first
-const Kernels& kernels();                    // of the chosen instruction set
-void set_isa(const std::string& name);       // throws std::invalid_argument
-Runtime torch_runtime();                     // without scratch
+std::vector<std::string> usable_isas();  // best first
+const Kernels& kernels();                // of the chosen instruction set
+void set_isa(const std::string& name);   // throws std::invalid_argument
+Runtime torch_runtime();                 // without scratch
 
 }  // namespace rmt

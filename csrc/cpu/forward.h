@@ -9,17 +9,17 @@ template <class Engine, class T>
 class Forward {
   using E = typename Engine::elem;
   static constexpr int kRows = Engine::tile_rows;
-  static constexpr int kBlock = 8 * kPanel;  // keys between two rescalings of the output
+  static constexpr int kBlock = 8 * kPanel;    // keys between two rescalings of the output
   static constexpr int kStride = kBlock + 16;  // of a block in memory: a power of two would crowd a few cache sets
 
-  struct Packed {    // keys and values of one (batch, key/value head)
-    E* keys;         // [panels][staged / pair][64][pair]: K^T
-    E* values;       // [width panels][keys / pair][columns][pair]
+  struct Packed {  // keys and values of one (batch, key/value head)
+    E* keys;       // [panels][staged / pair][64][pair]: K^T
+    E* values;     // [width panels][keys / pair][columns][pair]
   };
-  struct Workspace {  // of one thread
+  struct Workspace {   // of one thread
     E *stage, *q, *p;  // (64, staged), (rows, staged), (rows, block)
     float *s, *o;      // (rows, block), (rows, width)
-    float *keep;       // (block)
+    float* keep;       // (block)
     Row* rows;
   };
 
@@ -28,7 +28,7 @@ class Forward {
   const Sizes<Engine> n_;
   const float c_;            // scores times this are in units of log2
   const bool scaled_first_;  // c_ <= 0: scores are scaled before they are masked and compared
-  const int heads_a_tile_;  // short queries: rows of several heads of a group share a tile
+  const int heads_a_tile_;   // short queries: rows of several heads of a group share a tile
   const int tiles_a_head_;
 
   static int heads_a_tile(const Problem& p) {
@@ -36,12 +36,6 @@ class Forward {
   }
   int tiles_a_unit() const { return (p_.group() + heads_a_tile_ - 1) / heads_a_tile_ * tiles_a_head_; }
   int units() const { return p_.batch * p_.kv_heads; }
-
-  // Whole units a thread where that keeps all threads busy; else all threads share the packed keys of every unit.
-  static bool by_unit(const Problem& p, int threads) {
-    const int units = p.batch * p.kv_heads;
-    return threads == 1 || units % threads == 0 || units >= 8 * threads;
-  }
 
   Packed carve_packed(Arena& arena) const {
     E* keys = arena.take<E>(n_.key_panels * n_.transposed_panel());
@@ -88,8 +82,8 @@ class Forward {
     pack_rows<Engine>(to.values, n_.keys, from, n_.width, w.stage, n_.staged, rows);
   }
 
-  // One row of a block: scores to probabilities against a running pivot, the highest score so far. Returns the factor on
-  // what was summed before. Subtracting before scaling keeps every exponent at or below 0, however large the scores.
+  // One row of a block: scores to probabilities against a running pivot, the highest score so far. Returns the factor
+  // on what was summed before. Subtracting before scaling keeps every exponent at or below 0, however large the scores.
   static float softmax_row(const float* s, E* p, int count, float c, float& pivot, float& sum) {
     vf most = splat(-kInf);
     for (int j = 0; j < count; j += W) most = max(most, load<vf>(s + j));
@@ -126,15 +120,15 @@ class Forward {
       absolute[i] = layout_row(p_.layout, sample, q);
       pivot[i] = -kInf;
       sum[i] = 0.0f;
-      if (q + kRows < p_.queries)
-        prefetch_row(rmt::RMT_ISA::row_of<T>(p_.query, b, h0 + i / queries, q + kRows), p_.head_dim);
-      stage_row(w.q + i * n_.staged, rmt::RMT_ISA::row_of<T>(p_.query, b, h0 + i / queries, q), p_.head_dim, n_.staged);
+      if (q + kRows < p_.queries) prefetch_row(row_at<T>(p_.query, b, h0 + i / queries, q + kRows), p_.head_dim);
+      stage_row(w.q + i * n_.staged, row_at<T>(p_.query, b, h0 + i / queries, q), p_.head_dim, n_.staged);
     }
     const Span span = span_of(w.rows, count);
     bool summed = span.hi == 0 || span.any_own;  // whether `o` holds numbers to add to
     if (summed) memset(w.o, 0, sizeof(float) * count * n_.width);
     for (int i = 0; span.any_own && i < count; ++i)
-      if (w.rows[i].own >= 0) start_with_own(w, b, g, h0 + i / queries, q0 + i % queries, i, absolute[i], pivot[i], sum[i]);
+      if (w.rows[i].own >= 0)
+        start_with_own(w, b, g, h0 + i / queries, q0 + i % queries, i, absolute[i], pivot[i], sum[i]);
 
     int panel = span.lo / kPanel;
     while (panel * kPanel < span.hi) {
@@ -175,8 +169,7 @@ class Forward {
     for (int i = 0; i < count; ++i) {
       const int h = h0 + i / queries, q = q0 + i % queries;
       const bool blind = w.rows[i].lo == w.rows[i].hi && w.rows[i].own < 0;
-      store_scaled(rmt::RMT_ISA::row_of<T>(p_.out, b, h, q), w.o + i * n_.width, blind ? 0.0f : rescale / sum[i],
-                   p_.head_dim);
+      store_scaled(row_at<T>(p_.out, b, h, q), w.o + i * n_.width, blind ? 0.0f : rescale / sum[i], p_.head_dim);
       p_.lse[(static_cast<int64_t>(b) * p_.heads + h) * p_.queries + q] =
           blind ? -kInf : (pivot[i] * c + std::log2(sum[i])) * kLn2;
     }
@@ -188,7 +181,7 @@ class Forward {
     const int own = w.rows[i].own;
     const T* key = head_of<T>(p_.key, p_.cache_key, p_.cache_rows, b, g)[own];
     const T* value = head_of<T>(p_.value, p_.cache_value, p_.cache_rows, b, g)[own];
-    pivot = dot(rmt::RMT_ISA::row_of<T>(p_.query, b, h, q), key, p_.head_dim) * (scaled_first_ ? c_ : 1.0f);
+    pivot = dot(row_at<T>(p_.query, b, h, q), key, p_.head_dim) * (scaled_first_ ? c_ : 1.0f);
     sum = 1.0f;
     const float keep = p_.dropout.on() ? draw_one(p_.dropout, own, absolute, h, b) : 1.0f;
     add_scaled(w.o + i * n_.width, value, keep, p_.head_dim);
@@ -196,7 +189,12 @@ class Forward {
 
  public:
   Forward(const Problem& p, const Runtime& rt)
-      : p_(p), rt_(rt), n_(p), c_(p.scale * kLog2e), scaled_first_(c_ <= 0.0f), heads_a_tile_(heads_a_tile(p)),
+      : p_(p),
+        rt_(rt),
+        n_(p),
+        c_(p.scale * kLog2e),
+        scaled_first_(c_ <= 0.0f),
+        heads_a_tile_(heads_a_tile(p)),
         tiles_a_head_((p.queries + kRows - 1) / kRows) {}
 
   static size_t scratch(const Problem& p, int threads) {
@@ -207,17 +205,20 @@ class Forward {
 
   void run() const {
     if (by_unit(p_, rt_.threads)) {
-      rt_.parallel(rt_.threads, units(), [](void* self, int item, int thread) {
-        static_cast<const Forward*>(self)->unit(item, thread);
-      }, const_cast<Forward*>(this));
+      rt_.parallel(
+          rt_.threads, units(),
+          [](void* self, int item, int thread) { static_cast<const Forward*>(self)->unit(item, thread); },
+          const_cast<Forward*>(this));
       return;
     }
-    rt_.parallel(rt_.threads, units() * n_.key_panels, [](void* self, int item, int thread) {
-      static_cast<const Forward*>(self)->shared_pack(item, thread);
-    }, const_cast<Forward*>(this));
-    rt_.parallel(rt_.threads, units() * tiles_a_unit(), [](void* self, int item, int thread) {
-      static_cast<const Forward*>(self)->shared_tile(item, thread);
-    }, const_cast<Forward*>(this));
+    rt_.parallel(
+        rt_.threads, units() * n_.key_panels,
+        [](void* self, int item, int thread) { static_cast<const Forward*>(self)->shared_pack(item, thread); },
+        const_cast<Forward*>(this));
+    rt_.parallel(
+        rt_.threads, units() * tiles_a_unit(),
+        [](void* self, int item, int thread) { static_cast<const Forward*>(self)->shared_tile(item, thread); },
+        const_cast<Forward*>(this));
   }
 
  private:

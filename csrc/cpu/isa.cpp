@@ -18,14 +18,16 @@ struct With {
 template <class Bf16Engine>
 Kernels table(const char* isa) {
   using F32Engine = VectorEngine<F32>;
-#define RMT_BY_TYPE(call)                                          \
-  switch (p.type) {                                                \
-    case Type::f32: return With<F32Engine, float>::call;           \
-    case Type::f16: return With<F32Engine, f16>::call;             \
-    default: return With<Bf16Engine, bf16>::call;                  \
+#define RMT_BY_TYPE(call)                  \
+  switch (p.type) {                        \
+    case Type::f32:                        \
+      return With<F32Engine, float>::call; \
+    case Type::f16:                        \
+      return With<F32Engine, f16>::call;   \
+    default:                               \
+      return With<Bf16Engine, bf16>::call; \
   }
-  return {isa,
-          [](const Problem& p, int threads) -> size_t { RMT_BY_TYPE(forward_scratch(p, threads)) },
+  return {isa, [](const Problem& p, int threads) -> size_t { RMT_BY_TYPE(forward_scratch(p, threads)) },
           [](const Problem& p, const Runtime& rt) -> void { RMT_BY_TYPE(forward(p, rt)) },
           [](const Problem& p, int threads) -> size_t { RMT_BY_TYPE(backward_scratch(p, threads)) },
           [](const Problem& p, const Runtime& rt) -> void { RMT_BY_TYPE(backward(p, rt)) }};

@@ -24,7 +24,7 @@ Rows<T> head_of(const Matrix& rest, const Matrix& cache, int split, int b, int h
           reinterpret_cast<const T*>(rest.data) + b * rest.batch + h * rest.head, cache.row, rest.row, split};
 }
 template <class T>
-T* row_of(const Matrix& m, int b, int h, int64_t i) {
+T* row_at(const Matrix& m, int b, int h, int64_t i) {
   return reinterpret_cast<T*>(m.data) + b * m.batch + h * m.head + i * m.row;
 }
 

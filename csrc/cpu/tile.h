@@ -24,18 +24,29 @@ class Arena {
   size_t used_ = 0;
 };
 
+// A unit is a batch row's key/value head with its query heads. Threads take whole units where that keeps all of them
+// busy; else everything is packed first, and they share the tiles of every unit.
+inline bool by_unit(const Problem& p, int threads) {
+  const int units = p.batch * p.kv_heads;
+  return threads == 1 || units % threads == 0 || units >= 8 * threads;
+}
+
 template <class Engine>
 struct Sizes {
-  int depth;    // head_dim, padded for a product over it
-  int staged;   // head_dim, padded for a row-major operand that can be transposed
-  int width;    // head_dim, padded for a product that yields it
+  int depth;          // head_dim, padded for a product over it
+  int staged;         // head_dim, padded for a row-major operand that can be transposed
+  int width;          // head_dim, padded for a product that yields it
   int keys, queries;  // padded to whole panels
   int key_panels, query_panels;
 
   explicit Sizes(const Problem& p)
-      : depth(round_up(p.head_dim, Engine::pair)), staged(round_up(p.head_dim, 16 * Engine::pair)),
-        width(round_up(p.head_dim, 16)), keys(round_up(p.keys, kPanel)), queries(round_up(p.queries, kPanel)),
-        key_panels(keys / kPanel), query_panels(queries / kPanel) {}
+      : depth(round_up(p.head_dim, Engine::pair)),
+        staged(round_up(p.head_dim, 16 * Engine::pair)),
+        width(round_up(p.head_dim, 16)),
+        keys(round_up(p.keys, kPanel)),
+        queries(round_up(p.queries, kPanel)),
+        key_panels(keys / kPanel),
+        query_panels(queries / kPanel) {}
 
   // Elements of one transposed panel of 64 rows, and of all rows packed as [rows / pair][columns][pair] panels.
   size_t transposed_panel() const { return static_cast<size_t>(staged) * kPanel; }

@@ -117,9 +117,7 @@ struct f16 {
 };
 
 RMT_INLINE vf widen(const float* p) { return load<vf>(p); }
-RMT_INLINE vf widen(const bf16* p) {
-  return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16);
-}
+RMT_INLINE vf widen(const bf16* p) { return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16); }
 RMT_INLINE vf widen(const f16* p) {
 #if defined(__AVX512F__)
   return (vf)_mm512_cvtph_ps(load<__m256i>(p));
