@@ -42,7 +42,7 @@ class Plan:
 
 QUICK = Plan(
     "quick",
-    seconds=82.0,
+    seconds=105.0,
     target_budget=5.0,
     published=(BF16,),
     published_modes=(True,),
