@@ -43,8 +43,6 @@ struct Sample {
 // gap_hi.
 struct Row {
   int lo, hi, gap_lo, gap_hi, own;
-
-  RMT_HD bool sees(int key) const { return (key >= lo && key < hi && !(key >= gap_lo && key < gap_hi)) || key == own; }
 };
 
 // Index of query row `q` of the call among all query rows of the layout: what dropout counts.
