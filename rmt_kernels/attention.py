@@ -10,7 +10,7 @@ from typing import Literal, overload
 
 import torch
 
-from rmt_kernels.backends import cpu, reference, stock
+from rmt_kernels.backends import cpu, reference, stock, triton
 from rmt_kernels.backends.call import Call
 from rmt_kernels.layout import SegmentLayout
 
@@ -20,13 +20,14 @@ Cache = tuple[torch.Tensor, torch.Tensor]
 
 _BACKENDS: dict[str, ModuleType | stock.Composition] = {
     "cpu": cpu,
+    "triton": triton,
     "stock": stock.best,
     "stock_split": stock.split,
     "stock_dense": stock.dense,
     "stock_flex": stock.flex,
     "reference": reference,
 }
-_AUTO = ("cpu", "stock", "reference")
+_AUTO = ("cpu", "triton", "stock", "reference")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 

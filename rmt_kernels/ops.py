@@ -62,7 +62,7 @@ for _device in ("CPU", "CUDA"):
     _library.impl("backward", _backward, _device)
 
 
-def _like(tensor: Tensor) -> Tensor:
+def like(tensor: Tensor) -> Tensor:
     batch, heads, rows, head_dim = tensor.shape
     if tensor.stride(1) >= tensor.stride(2):
         return tensor.new_empty((batch, heads, rows, head_dim))
@@ -71,7 +71,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 @torch.library.register_fake("rmt_kernels::forward", lib=_library)
 def _forward_fake(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("rmt_kernels::backward", lib=_library)
@@ -79,8 +79,8 @@ def _backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
     cache_key: Tensor | None, cache_value: Tensor | None, *_: Any,
 ) -> Gradients:  # fmt: skip
-    cache = [query.new_empty(0) if tensor is None else _like(tensor) for tensor in (cache_key, cache_value)]
-    return _like(query), _like(key), _like(value), cache[0], cache[1]
+    cache = [query.new_empty(0) if tensor is None else like(tensor) for tensor in (cache_key, cache_value)]
+    return like(query), like(key), like(value), cache[0], cache[1]
 
 
 # torch.library.register_autograd would do the same at 100 microseconds a call.

@@ -37,6 +37,7 @@ class Backend:
 
 BACKENDS = (
     Backend("cpu", kernels=True),
+    Backend("triton", "cuda" if torch.cuda.is_available() else "cpu", kernels=True),
     Backend("stock", factor=5.0),  # the exponential in PyTorch's fused CPU attention is good to 20 bits only
     Backend("reference"),
 )

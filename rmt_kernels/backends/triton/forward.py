@@ -1,0 +1,216 @@
+"""Forward: one program owns a tile of packed query rows and walks the keys its rows see, with an online softmax.
+
+Tiles that every row sees in full come first and need no mask; edge tiles follow. Where few rows meet many keys
+(decoding) the keys are split over programs, each stores what it has summed, and ``combine`` puts that together.
+"""
+
+import triton
+import triton.language as tl
+
+from rmt_kernels.backends.triton.tiles import (
+    kept,
+    kept_one,
+    key_pointers,
+    load_or,
+    load_rows,
+    pointers_at,
+    rows_of,
+    sample_of,
+    sees,
+    store_rows,
+)
+from rmt_kernels.backends.triton.walk import edge_count, edge_tile, key_walk, open_count, open_tile
+
+# Sizes that change from call to call: no kernel is compiled anew for them.
+LAYOUT = (
+    "cache", "read", "tokens", "write", "token_rows", "window", "skip", "rows0", "lo0", "hi0", "step0", "own0",
+    "rows1", "lo1", "hi1", "step1", "own1", "rows2", "lo2", "hi2", "step2", "own2",
+)  # fmt: skip
+SIZES = (*LAYOUT, "kv_heads", "queries", "tiles", "heads", "together", "chunk", "threshold")
+LN2 = tl.constexpr(0.6931471805599453)
+# Beyond 2^28 float32 scores are 32 apart: a softmax over them is all or nothing, at any temperature.
+HUGE = tl.constexpr(268435456.0)
+
+
+@triton.jit
+def unit_of(highest, scale, coarse):
+    """(rows,) what a score is multiplied by to be an exponent of 2.
+
+    ``score * unit - highest * unit`` is one fused multiply-add, whose second product is rounded and whose first is
+    not. Where that rounding could matter the unit is a power of two, which makes both exact.
+    """
+    return tl.where(tl.abs(highest) * scale < HUGE, scale, coarse)
+
+
+@triton.jit
+def _step(
+    acc, total, highest, q, keys, values, tile, limit, rows, draw, scale, coarse, KEYS: tl.constexpr,
+    BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys: scores, softmax against the highest score so far, weighted sum of values."""
+    start = tile * KEYS
+    key = start + tl.arange(0, KEYS)
+    k = load_rows(key_pointers(keys, start, KEYS, APART), key < limit, BLOCK_D, D, MASKED)  # (KEYS, BLOCK_D)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (ROWS, KEYS)
+    if MASKED:
+        lo, hi, gap_lo, gap_hi = rows
+        visible = sees(lo[:, None], hi[:, None], gap_lo[:, None], gap_hi[:, None], key[None, :], GAPS)
+        s = tl.where(visible, s, float("-inf"))
+    higher = tl.maximum(highest, tl.max(s, 1))
+    unit = unit_of(higher, scale, coarse)
+    pivot = higher * unit
+    if MASKED:
+        pivot = tl.where(higher == float("-inf"), 0.0, pivot)  # a row that has seen nothing yet
+    p = tl.math.exp2(s * unit[:, None] - pivot[:, None])
+    fade = tl.math.exp2(highest * unit - pivot)
+    total = total * fade + tl.sum(p, 1)
+    if DROPOUT:
+        p = tl.where(kept(draw, start, KEYS), p, 0.0)
+    v = load_rows(key_pointers(values, start, KEYS, APART), key < limit, BLOCK_D, D, MASKED)  # (KEYS, BLOCK_D)
+    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return acc, total, higher
+
+
+@triton.jit
+def _attend(
+    q, keys, values, rows, own, walk, limit, draw, scale, coarse, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    """``(acc, total, highest)``: values summed with weights 2^((score - highest) * unit), and the sum of the weights."""
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    if OWN:  # a row's own key starts its softmax
+        has = own >= 0
+        k = load_rows(pointers_at(keys, own, APART), has, BLOCK_D, D, True).to(tl.float32)
+        v = load_rows(pointers_at(values, own, APART), has, BLOCK_D, D, True).to(tl.float32)
+        highest = tl.where(has, tl.sum(q.to(tl.float32) * k, 1), float("-inf"))
+        total = tl.where(has, 1.0, 0.0)
+        if DROPOUT:
+            acc = v * tl.where(kept_one(draw, own), total, 0.0)[:, None]
+        else:
+            acc = v * total[:, None]
+    if SPECIALIZE:  # the compiler splits loads and products over warps in a single loop only
+        for i in tl.range(0, walk[1] - walk[0], warp_specialize=True):
+            acc, total, highest = _step(
+                acc, total, highest, q, keys, values, walk[0] + i, limit, rows, draw, scale, coarse, KEYS, BLOCK_D, D,
+                GAPS, APART, DROPOUT, PRECISION, True,
+            )  # fmt: skip
+    else:
+        for i in range(0, open_count(walk)):
+            acc, total, highest = _step(
+                acc, total, highest, q, keys, values, open_tile(i, walk), limit, rows, draw, scale, coarse, KEYS,
+                BLOCK_D, D, GAPS, APART, DROPOUT, PRECISION, False,
+            )  # fmt: skip
+        for i in range(0, edge_count(walk)):
+            acc, total, highest = _step(
+                acc, total, highest, q, keys, values, edge_tile(i, walk), limit, rows, draw, scale, coarse, KEYS,
+                BLOCK_D, D, GAPS, APART, DROPOUT, PRECISION, True,
+            )  # fmt: skip
+    return acc, total, highest
+
+
+@triton.jit
+def place(pid, tiles, heads, together, HEAVY_LAST: tl.constexpr):
+    """``(tile, head)`` of a program: heads in groups of ``together``, whose keys fit the L2 cache at once; within a
+    group all heads' heaviest tiles first, so that no long program starts last."""
+    group = pid // (tiles * together)
+    rest = pid - group * tiles * together
+    size = tl.minimum(together, heads - group * together)
+    tile = rest // size
+    if HEAVY_LAST:
+        tile = tiles - 1 - tile
+    return tile, group * together + rest % size
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_kernel(
+    query_ptr, key_ptr, value_ptr, cache_key_ptr, cache_value_ptr, out_ptr, lse_ptr, part_ptr, token_lengths_ptr,
+    token_starts_ptr, cache_starts_ptr, query_start_ptr, seed_ptr,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, ck_b, ck_h, ck_n, cv_b, cv_h, cv_n, o_b, o_h, o_n,
+    kv_heads, queries, tiles, heads, together, chunk, threshold, scale, coarse, keep_scale,
+    cache, read, tokens, write, token_rows, window, skip, rows0, lo0, hi0, step0, own0, rows1, lo1, hi1, step1, own1,
+    rows2, lo2, hi2, step2, own2,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr, SIGN: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    """out (batch, heads, queries, D) and lse (batch, heads, queries); where SPLIT, their parts instead: for every row
+    of lse and every chunk of keys D sums, the pivot they are relative to (an exponent of 2), and the weights' sum."""
+    layout = (
+        cache, read, tokens, write, token_rows, window, skip, rows0, lo0, hi0, step0, own0, rows1, lo1, hi1, step1,
+        own1, rows2, lo2, hi2, step2, own2,
+    )  # fmt: skip
+    tile, unit_head = place(tl.program_id(0), tiles, heads, together, True)
+    b, g = unit_head // kv_heads, unit_head % kv_heads
+    sample, ok = sample_of(b, queries, layout, token_lengths_ptr, token_starts_ptr, cache_starts_ptr, query_start_ptr)
+
+    i = tile * ROWS + tl.arange(0, ROWS)  # packed rows
+    query, head = i // GROUP, g * GROUP + i % GROUP
+    lo, hi, gap_lo, gap_hi, own = rows_of(query, queries, layout, sample, GAPS, OWN)
+    if SPLIT:
+        first_key = tl.program_id(1) * chunk
+        lo, hi = tl.maximum(lo, first_key), tl.minimum(hi, first_key + chunk)
+        lo, hi = tl.where(lo < hi, lo, 0), tl.where(lo < hi, hi, 0)
+        own = tl.where((own >= first_key) & (own < first_key + chunk), own, -1)
+    limit, walk = key_walk(lo, hi, gap_lo, gap_hi, KEYS, GAPS)
+
+    b64, g64 = b.to(tl.int64), g.to(tl.int64)
+    stays = query < queries
+    offsets = query.to(tl.int64) * q_n + head.to(tl.int64) * q_h
+    q = load_rows(query_ptr + b64 * q_b + offsets, stays, BLOCK_D, D, True)  # (ROWS, BLOCK_D)
+    if SIGN != 1:
+        q = (q.to(tl.float32) * SIGN).to(q.dtype)
+    keys = (key_ptr + b64 * k_b + g64 * k_h, cache_key_ptr + b64 * ck_b + g64 * ck_h, k_n, ck_n, cache)
+    values = (value_ptr + b64 * v_b + g64 * v_h, cache_value_ptr + b64 * cv_b + g64 * cv_h, v_n, cv_n, cache)
+    seed = load_or(seed_ptr, 0, 0)
+    draw = (seed, threshold, query + sample[3], head, b)
+    acc, total, highest = _attend(
+        q, keys, values, (lo, hi, gap_lo, gap_hi), own, walk, limit, draw, scale, coarse, ROWS, KEYS, BLOCK_D, D, GAPS,
+        OWN, APART, DROPOUT, PRECISION, SPECIALIZE,
+    )  # fmt: skip
+
+    blind = (lo >= hi) & (own < 0)
+    acc, total = tl.where(blind[:, None], 0.0, acc), tl.where(blind, 0.0, total)
+    total = tl.where(ok, total, float("nan"))  # a sample out of range shows
+    pivot = tl.where(blind, float("-inf"), highest * unit_of(highest, scale, coarse))
+    row = (b64 * kv_heads * GROUP + head) * queries + query  # of lse
+    if SPLIT:
+        chunks = tl.num_programs(1)
+        part = row * chunks + tl.program_id(1)
+        store_rows(part_ptr + part * (D + 2), acc, stays, BLOCK_D, D)
+        tl.store(part_ptr + part * (D + 2) + D, pivot, mask=stays)
+        tl.store(part_ptr + part * (D + 2) + D + 1, total, mask=stays)
+    else:
+        acc = acc * (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+        lse = (pivot + tl.math.log2(tl.where(total == 0.0, 1.0, total))) * LN2
+        offsets = query.to(tl.int64) * o_n + head.to(tl.int64) * o_h
+        store_rows(out_ptr + b64 * o_b + offsets, acc, stays, BLOCK_D, D)
+        tl.store(lse_ptr + row, lse, mask=stays)
+
+
+@triton.jit(do_not_specialize=["queries", "q_heads"])
+def combine_kernel(
+    part_ptr, out_ptr, lse_ptr, o_b, o_h, o_n, q_heads, queries, keep_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One row of out and lse from the parts that ``forward_kernel`` stored for it."""
+    row = tl.program_id(0).to(tl.int64)
+    o_c, o_d = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
+    stays = o_c < CHUNKS
+    parts = part_ptr + (row * CHUNKS + o_c) * (D + 2)
+    pivots = tl.load(parts + D, mask=stays, other=float("-inf"))
+    totals = tl.load(parts + D + 1, mask=stays, other=0.0)
+    sums = tl.load(parts[:, None] + o_d[None, :], mask=stays[:, None] & (o_d[None, :] < D), other=0.0)
+    highest = tl.max(pivots, 0)
+    weights = tl.math.exp2(pivots - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(weights * totals, 0)
+    total = tl.where(total == 0.0, 1.0, total)  # a row that sees nothing: highest is -inf
+    out = tl.sum(weights[:, None] * sums, 0) * (keep_scale / total)
+    lse = (highest + tl.math.log2(total)) * LN2
+    query, head, b = row % queries, row // queries % q_heads, row // queries // q_heads
+    pointers = out_ptr + b * o_b + head * o_h + query * o_n + o_d
+    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=o_d < D)
+    tl.store(lse_ptr + row, lse)

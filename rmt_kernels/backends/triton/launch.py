@@ -1,0 +1,309 @@
+"""From tensors to launches: which kernel, how many programs, which sizes and compile-time choices.
+
+Everything but addresses follows from shapes, strides and options, so it is worked out once and kept as a ``Plan``;
+a later call of the same shape looks it up and launches the compiled kernel directly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmt_kernels.backends.triton import backward as bwd
+from rmt_kernels.backends.triton import forward as fwd
+from rmt_kernels.backends.triton.configs import SPLIT_KEYS, backward_config, forward_config, padded_width, splits
+from rmt_kernels.ops import Gradients, like
+from rmt_kernels.philox import threshold
+
+__all__ = ["Launch", "Shape", "backward", "backward_launches", "forward", "forward_launches"]
+
+PREPARE_ROWS = 64  # rows of a program of prepare_kernel
+_PLANS = 4096  # kept for each pass, then all are dropped
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: its grid, the arguments after the tensors, and the compiler's options."""
+
+    kernel: Any
+    grid: tuple[int, int]
+    numbers: tuple[Any, ...]
+    warps: int
+    stages: int
+    compiled: dict[tuple[bool, ...], Any] = field(default_factory=dict, compare=False)
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        # What Triton compiles depends on the numbers, which do not change here, and on aligned addresses, which may.
+        aligned = tuple([tensor is not None and tensor.data_ptr() % 16 == 0 for tensor in tensors])
+        compiled = self.compiled.get(aligned)
+        if compiled is not None:
+            compiled[self.grid[0], self.grid[1], 1](*tensors, *self.numbers)
+            return
+        found = self.kernel[self.grid](*tensors, *self.numbers, num_warps=self.warps, num_stages=self.stages)
+        if found is not None:  # the interpreter gives nothing
+            self.compiled[aligned] = found
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the launches of a call follow from."""
+
+    layout: tuple[int, ...]  # SegmentLayout.ints
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    head_dim: int
+    dtype: torch.dtype
+    precision: str  # of float32 products: "ieee" or "tf32"
+    scale: float
+    dropout_p: float
+    padded: bool  # token_lengths or token_starts given
+    apart: bool  # CACHE given as tensors of its own
+    arch: int  # compute capability times 10; 0 in the interpreter
+    l2: int  # bytes of cache
+
+    @property
+    def keys(self) -> int:
+        return sum(self.layout[:4])
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def rows(self) -> int:
+        """Packed query rows of one key/value head."""
+        return self.queries * self.group
+
+    @property
+    def gaps(self) -> bool:
+        """Whether a row's interval may have a gap."""
+        return self.padded or self.layout[5] > 0
+
+    @property
+    def own(self) -> bool:
+        """Whether a row may see its own key outside its interval."""
+        return max(self.layout[11], self.layout[16], self.layout[21]) >= 0
+
+    @property
+    def sign(self) -> int:
+        return 0 if self.scale == 0.0 else 1 if self.scale > 0.0 else -1
+
+    @property
+    def factor(self) -> float:
+        """What makes a score, its sign aside, an exponent of 2."""
+        return abs(self.scale) * math.log2(math.e) or 1.0
+
+    @property
+    def threshold(self) -> int:
+        """Of dropout, as the int32 of the same bits."""
+        drawn = threshold(self.dropout_p)
+        return drawn - 2**32 if drawn >= 2**31 else drawn
+
+    @property
+    def keep_scale(self) -> float:
+        return 1.0 / (1.0 - self.dropout_p)
+
+    def together(self, share: float) -> int:
+        """Key/value heads whose keys and values fill ``share`` of the cache."""
+        size = 2 * self.keys * self.head_dim * self.dtype.itemsize
+        return max(1, min(self.batch * self.kv_heads, int(self.l2 * share) // max(1, size)))
+
+
+Strides = tuple[int, ...]  # three of each tensor: batch, head, row
+
+
+def forward_launches(shape: Shape, strides: Strides) -> tuple[Launch, Launch | None, int]:
+    """The forward kernel, the kernel that combines its parts where keys are split, and into how many parts.
+
+    ``strides`` are those of query, key, value, cache key, cache value and out.
+    """
+    block_d = padded_width(shape.head_dim)
+    tile = forward_config(shape.arch, block_d, shape.dtype, shape.precision, shape.rows)
+    heads, tiles = shape.batch * shape.kv_heads, -(-shape.rows // tile.rows)
+    chunks = splits(shape.rows, shape.keys)
+    main = Launch(
+        fwd.forward_kernel,
+        (tiles * heads, chunks),
+        (
+            *strides, shape.kv_heads, shape.queries, tiles, heads, shape.together(0.5), SPLIT_KEYS, shape.threshold,
+            shape.factor, 2.0 ** (math.frexp(shape.factor)[1] - 1), shape.keep_scale, *shape.layout, shape.group,
+            shape.head_dim, block_d, tile.rows, tile.keys, shape.gaps, shape.own, shape.apart, shape.dropout_p > 0.0,
+            shape.sign, shape.precision, chunks > 1, tile.specialize,
+        ),
+        tile.warps,
+        tile.stages,
+    )  # fmt: skip
+    if chunks == 1:
+        return main, None, 1
+    combine = Launch(
+        fwd.combine_kernel,
+        (shape.batch * shape.heads * shape.queries, 1),
+        (
+            *strides[-3:], shape.heads, shape.queries, shape.keep_scale, shape.head_dim, block_d, chunks,
+            1 << (chunks - 1).bit_length(),
+        ),
+        1,
+        1,
+    )  # fmt: skip
+    return main, combine, chunks
+
+
+def backward_launches(shape: Shape, strides: Strides, out_strides: Strides) -> tuple[Launch | None, list[Launch]]:
+    """The kernel that prepares rows, where there are any, and one or two kernels for the gradients.
+
+    ``strides`` are those of query, key, value, cache key, cache value, grad_out and the gradients of the first five;
+    ``out_strides`` those of out and grad_out.
+    """
+    block_d = padded_width(shape.head_dim)
+    config = backward_config(shape.arch, block_d, shape.dtype, shape.precision, shape.rows)
+    heads = shape.batch * shape.kv_heads
+    row_tiles, key_tiles = -(-shape.rows // config.queries.rows), -(-shape.keys // config.keys.keys)
+
+    def part(name: str, programs: int, warps: int, stages: int) -> Launch:
+        numbers = (
+            *strides, shape.kv_heads, shape.queries, row_tiles, key_tiles, heads, shape.together(0.25),
+            key_tiles * heads, shape.threshold, shape.factor, shape.scale, shape.keep_scale, *shape.layout, shape.group,
+            shape.head_dim, block_d, config.keys.rows, config.keys.keys, config.queries.rows, config.queries.keys,
+            shape.gaps, shape.own, shape.apart, shape.dropout_p > 0.0, shape.sign, shape.precision, name,
+        )  # fmt: skip
+        return Launch(bwd.backward_kernel, (programs, 1), numbers, warps, stages)
+
+    if config.joint:
+        parts = [part("both", (row_tiles + key_tiles) * heads, config.keys.warps, config.keys.stages)]
+    else:
+        parts = [
+            part("keys", key_tiles * heads, config.keys.warps, config.keys.stages),
+            part("queries", row_tiles * heads, config.queries.warps, config.queries.stages),
+        ]
+    count = shape.batch * shape.heads * shape.queries
+    numbers = (*out_strides, shape.heads, shape.queries, count, shape.head_dim, block_d, PREPARE_ROWS)
+    prepare = Launch(bwd.prepare_kernel, (-(-count // PREPARE_ROWS), 1), numbers, 4, 1) if count else None
+    return prepare, [launch for launch in parts if launch.grid[0]]
+
+
+# -- the operators -----------------------------------------------------------------------------------------------------
+
+
+def _rows_last(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+@lru_cache(maxsize=16)
+def _chip(device: torch.device) -> tuple[int, int]:
+    """Architecture and bytes of L2 cache."""
+    if device.type != "cuda":
+        return 0, 1 << 40
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, int(properties.L2_cache_size)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+_plans: dict[tuple[Any, ...], Any] = {}
+
+
+def _planned(make: Callable[..., Any], tensors: Sequence[Tensor], *rest: Any) -> Any:
+    """``make``'s launches, kept by everything that they follow from. ``tensors`` begin with query and key."""
+    strides = tuple([number for tensor in tensors for number in tensor.stride()[:3]])
+    query, key = tensors[0], tensors[1]
+    identity = (make, query.shape, key.shape[1], query.dtype, query.device, strides, *rest)
+    found = _plans.get(identity)
+    if found is None:
+        if len(_plans) >= _PLANS:
+            _plans.clear()
+        found = _plans[identity] = make(_shape(query, key, *rest), strides)
+    return found
+
+
+def _shape(
+    query: Tensor, key: Tensor, layout: tuple[int, ...], scale: float, dropout_p: float, precision: str, padded: bool,
+    apart: bool,
+) -> Shape:  # fmt: skip
+    batch, heads, queries, head_dim = query.shape
+    return Shape(
+        layout, batch, heads, key.shape[1], queries, head_dim, query.dtype, precision, scale, dropout_p, padded, apart,
+        *_chip(query.device),
+    )  # fmt: skip
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, cache_key: Tensor | None, cache_value: Tensor | None,
+    token_lengths: Tensor | None, token_starts: Tensor | None, cache_starts: Tensor | None, query_start: Tensor | None,
+    seed: Tensor | None, relative_key: Tensor | None, content_bias: Tensor | None, position_bias: Tensor | None,
+    layout: list[int], scale: float, dropout_p: float, relative: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The operator ``rmt_kernels::forward``."""
+    out = like(query)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse.fill_(float("-inf"))
+    query, key, value = _rows_last(query), _rows_last(key), _rows_last(value)
+    apart = cache_key is not None and cache_value is not None and cache_key.shape[2] > 0
+    # Without a cache of its own the keys stand in for it: the kernel then does not look there.
+    ck = _rows_last(cache_key) if apart and cache_key is not None else key
+    cv = _rows_last(cache_value) if apart and cache_value is not None else value
+    padded = token_lengths is not None or token_starts is not None
+    main, combine, chunks = _planned(
+        forward_launches, (query, key, value, ck, cv, out), tuple(layout), scale, dropout_p, _precision(query.dtype),
+        padded, apart,
+    )  # fmt: skip
+    parts = None
+    if combine is not None:
+        parts = query.new_empty(lse.numel() * chunks * (query.shape[-1] + 2), dtype=torch.float32)
+    main(
+        query, key, value, ck, cv, out, lse, parts, token_lengths, token_starts, cache_starts, query_start,
+        seed if dropout_p > 0.0 else None,
+    )  # fmt: skip
+    if combine is not None:
+        combine(parts, out, lse)
+    return out, lse
+
+
+def _backward_plan(shape: Shape, strides: Strides) -> tuple[Launch | None, list[Launch]]:
+    return backward_launches(shape, strides[:-3], (*strides[-3:], *strides[15:18]))
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    cache_key: Tensor | None, cache_value: Tensor | None, token_lengths: Tensor | None, token_starts: Tensor | None,
+    cache_starts: Tensor | None, query_start: Tensor | None, seed: Tensor | None, relative_key: Tensor | None,
+    content_bias: Tensor | None, position_bias: Tensor | None, layout: list[int], scale: float, dropout_p: float,
+    relative: str,
+) -> Gradients:  # fmt: skip
+    """The operator ``rmt_kernels::backward``."""
+    dq, dk, dv = like(query), like(key), like(value)
+    dck = query.new_empty(0) if cache_key is None else like(cache_key)
+    dcv = query.new_empty(0) if cache_value is None else like(cache_value)
+    if key.shape[0] * key.shape[1] * key.shape[3] == 0:
+        return dq, dk, dv, dck, dcv
+    query, key, value, grad_out = _rows_last(query), _rows_last(key), _rows_last(value), _rows_last(grad_out)
+    apart = cache_key is not None and cache_value is not None and cache_key.shape[2] > 0
+    ck = _rows_last(cache_key) if apart and cache_key is not None else key
+    cv = _rows_last(cache_value) if apart and cache_value is not None else value
+    dck_used, dcv_used = (dck, dcv) if apart else (dk, dv)
+    padded = token_lengths is not None or token_starts is not None
+    prepare, parts = _planned(
+        _backward_plan, (query, key, value, ck, cv, grad_out, dq, dk, dv, dck_used, dcv_used, out), tuple(layout), scale,
+        dropout_p, _precision(query.dtype), padded, apart,
+    )  # fmt: skip
+    rows = query.new_empty(2 * lse.numel(), dtype=torch.float32)
+    if prepare is not None:
+        prepare(out, grad_out, lse, grad_lse.contiguous() if grad_lse is not None else None, rows)
+    for launch in parts:
+        launch(
+            query, key, value, ck, cv, grad_out, rows, dq, dk, dv, dck_used, dcv_used, token_lengths, token_starts,
+            cache_starts, query_start, seed if dropout_p > 0.0 else None,
+        )  # fmt: skip
+    return dq, dk, dv, dck, dcv

@@ -1,0 +1,173 @@
+"""Pieces that every kernel shares: what a sample hides, which keys a row sees, how tiles are loaded.
+
+Rows are *packed*: the query heads that share a key/value head lie side by side, row i of a program's axis is query
+``i // GROUP`` of head ``i % GROUP``, so grouped heads fill one tile and read their keys once.
+
+A layout arrives as the integers of ``SegmentLayout.ints`` and travels between functions as the tuple ``layout``:
+``(cache, read, tokens, write, token_rows, window, skip, *READ form, *TOKENS form, *WRITE form)``, a form being
+``(rows, lo, hi, step, own)``; a sample as ``(token_begin, token_end, cache_begin, first)``, ``first`` being the layout
+row of the call's first query. The arithmetic is that of csrc/layout.h.
+"""
+
+import triton
+import triton.language as tl
+
+FAR = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def load_or(pointer, index, default):
+    """``pointer[index]``, or the default where there is no such argument."""
+    if pointer is None:
+        return default
+    else:
+        return tl.load(pointer + index)
+
+
+@triton.jit
+def sample_of(b, queries, layout, token_lengths, token_starts, cache_starts, query_start):
+    """``(sample, ok)``: values out of range are clamped, and the sample is not ok."""
+    token_rows, cache = layout[4], layout[0]
+    end = load_or(token_lengths, b, token_rows)
+    begin = load_or(token_starts, b, 0)
+    stale = load_or(cache_starts, b, 0)
+    start = load_or(query_start, b, 0)
+    ok = (end >= 0) & (end <= token_rows) & (begin >= 0) & (begin <= token_rows)
+    ok = ok & (stale >= 0) & (stale <= cache) & (start >= 0) & (start <= token_rows - queries * (query_start is not None))
+    end = tl.minimum(tl.maximum(end, 0), token_rows)
+    begin = tl.minimum(tl.maximum(begin, 0), token_rows)
+    stale = tl.minimum(tl.maximum(stale, 0), cache)
+    first = layout[6]
+    if query_start is not None:
+        first = layout[7] + tl.minimum(tl.maximum(start, 0), token_rows - queries)
+    return (begin, end, stale, first), ok
+
+
+@triton.jit
+def rows_of(query, queries, layout, sample, GAPS: tl.constexpr, OWN: tl.constexpr):
+    """Which keys each query row sees: ``[lo, hi)`` outside ``[gap_lo, gap_hi)``, and ``own`` where it is not -1.
+
+    A row that sees no interval, or lies beyond the call, has lo = hi = 0.
+    """
+    cache, read, tokens, write, token_rows, window = layout[0], layout[1], layout[2], layout[3], layout[4], layout[5]
+    begin, end, stale, first = sample
+    row = query + first  # in the layout
+    is_read = row < layout[7]
+    is_token = (row >= layout[7]) & (row < layout[7] + layout[12])
+    p = row - tl.where(is_read, 0, layout[7] + tl.where(is_token, 0, layout[12]))
+    lo = tl.where(is_read, layout[8], tl.where(is_token, layout[13], layout[18]))
+    step = tl.where(is_read, layout[10], tl.where(is_token, layout[15], layout[20]))
+    hi = tl.where(is_read, layout[9], tl.where(is_token, layout[14], layout[19])) + step * p
+    live = (query < queries) & ((is_token == 0) | ((p >= begin) & (p < end)))
+
+    old = cache + p + 1 - window
+    slides = is_token & (window > 0)
+    oldest = tl.maximum(stale, tl.where(slides, tl.minimum(old, cache), 0))
+    lo = tl.where(lo < cache, tl.maximum(lo, oldest), lo)
+    gap_lo, gap_hi = tl.zeros_like(lo), tl.zeros_like(lo)
+    if GAPS:
+        head = cache + read  # the first token key
+        hidden = tl.maximum(begin, tl.where(slides, old - cache, 0))  # token keys hidden at the front
+        front = (tokens > 0) & (hidden > 0)
+        back = (tokens > 0) & (hidden <= 0) & (end < tokens)
+        gap_lo = tl.where(front, head, tl.where(back, head + end, 0))
+        gap_hi = tl.where(front, head + hidden, tl.where(back, head + tokens, 0))
+        # A gap that touches an end of the interval shortens it.
+        lo = tl.where((gap_lo <= lo) & (gap_hi > lo), gap_hi, lo)
+        hi = tl.where((gap_hi >= hi) & (gap_lo < hi), tl.maximum(gap_lo, lo), hi)
+    empty = (lo >= hi) | (live == 0)
+    lo, hi = tl.where(empty, 0, lo), tl.where(empty, 0, hi)
+    if GAPS:
+        none = (gap_lo <= lo) | (gap_hi >= hi)
+        gap_lo, gap_hi = tl.where(none, 0, gap_lo), tl.where(none, 0, gap_hi)
+    own = tl.full(lo.shape, -1, tl.int32)
+    if OWN:
+        base = tl.where(is_read, layout[11], tl.where(is_token, layout[16], layout[21]))
+        own = tl.where(live & (base >= 0), base + p, -1)
+    return lo, hi, gap_lo, gap_hi, own
+
+
+@triton.jit
+def sees(lo, hi, gap_lo, gap_hi, key, GAPS: tl.constexpr):
+    """Whether a row sees a key; the arguments broadcast."""
+    visible = (key >= lo) & (key < hi)
+    if GAPS:
+        visible = visible & ((key < gap_lo) | (key >= gap_hi))
+    return visible
+
+
+@triton.jit
+def load_rows(pointers, stays, BLOCK_D: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """(rows, BLOCK_D) from row pointers; zeros beyond the head's width and, where MASKED, in rows that do not stay."""
+    o_d = tl.arange(0, BLOCK_D)
+    if MASKED:
+        if D == BLOCK_D:
+            return tl.load(pointers[:, None] + o_d[None, :], mask=stays[:, None], other=0.0)
+        else:
+            return tl.load(pointers[:, None] + o_d[None, :], mask=stays[:, None] & (o_d[None, :] < D), other=0.0)
+    else:
+        if D == BLOCK_D:
+            return tl.load(pointers[:, None] + o_d[None, :])
+        else:
+            return tl.load(pointers[:, None] + o_d[None, :], mask=o_d[None, :] < D, other=0.0)
+
+
+@triton.jit
+def store_rows(pointers, block, stays, BLOCK_D: tl.constexpr, D: tl.constexpr):
+    """Store (rows, BLOCK_D) through row pointers, where rows stay, in the pointers' type."""
+    o_d = tl.arange(0, BLOCK_D)
+    value = block.to(pointers.dtype.element_ty)
+    if D == BLOCK_D:
+        tl.store(pointers[:, None] + o_d[None, :], value, mask=stays[:, None])
+    else:
+        tl.store(pointers[:, None] + o_d[None, :], value, mask=stays[:, None] & (o_d[None, :] < D))
+
+
+@triton.jit
+def key_pointers(source, start, KEYS: tl.constexpr, APART: tl.constexpr):
+    """(KEYS,) row pointers from key ``start`` on. ``source`` is ``(base, cache base, stride, cache stride, cache)`` of
+    one head's keys or values; where APART, the first ``cache`` of them lie in a tensor of their own."""
+    base, cache_base, stride, cache_stride, cache = source
+    o_n = tl.arange(0, KEYS)
+    if APART:
+        return pointers_at(source, start + o_n, APART)
+    else:
+        # The tile's place in 64 bits, a row's place within it in 32.
+        return base + start.to(tl.int64) * stride + o_n * stride
+
+
+@triton.jit
+def pointers_at(source, key, APART: tl.constexpr):
+    """Row pointers of any keys."""
+    base, cache_base, stride, cache_stride, cache = source
+    if APART:
+        apart = cache_base + key.to(tl.int64) * cache_stride
+        return tl.where(key < cache, apart, base + (key - cache).to(tl.int64) * stride)
+    else:
+        return base + key.to(tl.int64) * stride
+
+
+@triton.jit
+def kept(draw, start, KEYS: tl.constexpr):
+    """(rows, KEYS) which probabilities survive dropout. ``draw`` is ``(seed, threshold, row, head, batch)``: the rows'
+    places in the layout and their heads, (rows,) each."""
+    seed, threshold, row, head, b = draw
+    quad = start // 4 + tl.arange(0, KEYS // 4)
+    c0 = quad[None, :] + tl.zeros_like(row)[:, None]
+    c1 = row[:, None] + tl.zeros_like(quad)[None, :]
+    c2 = head[:, None] + tl.zeros_like(quad)[None, :]
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, tl.zeros_like(c0) + b)
+    least = threshold.to(tl.uint32, bitcast=True)
+    even = tl.interleave((w0 >= least).to(tl.int8), (w2 >= least).to(tl.int8))
+    odd = tl.interleave((w1 >= least).to(tl.int8), (w3 >= least).to(tl.int8))
+    return tl.interleave(even, odd) != 0
+
+
+@triton.jit
+def kept_one(draw, key):
+    """(rows,) whether each row's probability for one key survives dropout."""
+    seed, threshold, row, head, b = draw
+    w0, w1, w2, w3 = tl.philox(seed, key // 4, row, head, tl.zeros_like(row) + b)
+    lane = key % 4
+    word = tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3)))
+    return word >= threshold.to(tl.uint32, bitcast=True)
