@@ -14,10 +14,12 @@ from rmt_kernels.backends.triton.tiles import (
     load_or,
     load_rows,
     pointers_at,
+    row_pointers,
     rows_of,
     sample_of,
     sees,
     store_rows,
+    tile_rows,
 )
 from rmt_kernels.backends.triton.walk import edge_count, edge_tile, key_walk, open_count, open_tile
 
@@ -45,13 +47,13 @@ def unit_of(highest, scale, coarse):
 @triton.jit
 def _step(
     acc, total, highest, q, keys, values, tile, limit, rows, draw, scale, coarse, KEYS: tl.constexpr,
-    BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, APART: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: scores, softmax against the highest score so far, weighted sum of values."""
     start = tile * KEYS
     key = start + tl.arange(0, KEYS)
-    k = load_rows(key_pointers(keys, start, KEYS, APART), key < limit, BLOCK_D, D, MASKED)  # (KEYS, BLOCK_D)
+    k = load_rows(key_pointers(keys, start, KEYS, APART, WIDE), key < limit, BLOCK_D, D, MASKED)  # (KEYS, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (ROWS, KEYS)
     if MASKED:
         lo, hi, gap_lo, gap_hi = rows
@@ -67,7 +69,7 @@ def _step(
     total = total * fade + tl.sum(p, 1)
     if DROPOUT:
         p = tl.where(kept(draw, start, KEYS), p, 0.0)
-    v = load_rows(key_pointers(values, start, KEYS, APART), key < limit, BLOCK_D, D, MASKED)  # (KEYS, BLOCK_D)
+    v = load_rows(key_pointers(values, start, KEYS, APART, WIDE), key < limit, BLOCK_D, D, MASKED)  # (KEYS, BLOCK_D)
     acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return acc, total, higher
 
@@ -75,7 +77,7 @@ def _step(
 @triton.jit
 def _attend(
     q, keys, values, rows, own, walk, limit, draw, scale, coarse, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr,
+    BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr, WIDE: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """``(acc, total, highest)``: values summed with weights 2^((score - highest) * unit), and the sum of the weights."""
@@ -96,18 +98,18 @@ def _attend(
         for i in tl.range(0, walk[1] - walk[0], warp_specialize=True):
             acc, total, highest = _step(
                 acc, total, highest, q, keys, values, walk[0] + i, limit, rows, draw, scale, coarse, KEYS, BLOCK_D, D,
-                GAPS, APART, DROPOUT, PRECISION, True,
+                GAPS, APART, WIDE, DROPOUT, PRECISION, True,
             )  # fmt: skip
     else:
         for i in range(0, open_count(walk)):
             acc, total, highest = _step(
                 acc, total, highest, q, keys, values, open_tile(i, walk), limit, rows, draw, scale, coarse, KEYS,
-                BLOCK_D, D, GAPS, APART, DROPOUT, PRECISION, False,
+                BLOCK_D, D, GAPS, APART, WIDE, DROPOUT, PRECISION, False,
             )  # fmt: skip
         for i in range(0, edge_count(walk)):
             acc, total, highest = _step(
                 acc, total, highest, q, keys, values, edge_tile(i, walk), limit, rows, draw, scale, coarse, KEYS,
-                BLOCK_D, D, GAPS, APART, DROPOUT, PRECISION, True,
+                BLOCK_D, D, GAPS, APART, WIDE, DROPOUT, PRECISION, True,
             )  # fmt: skip
     return acc, total, highest
 
@@ -133,8 +135,8 @@ def forward_kernel(
     kv_heads, queries, tiles, heads, together, chunk, threshold, scale, coarse, keep_scale,
     cache, read, tokens, write, token_rows, window, skip, rows0, lo0, hi0, step0, own0, rows1, lo1, hi1, step1, own1,
     rows2, lo2, hi2, step2, own2,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr, SIGN: tl.constexpr,
+    PACK: tl.constexpr, BLOCKS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, SIGN: tl.constexpr,
     PRECISION: tl.constexpr, SPLIT: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """out (batch, heads, queries, D) and lse (batch, heads, queries); where SPLIT, their parts instead: for every row
@@ -143,13 +145,13 @@ def forward_kernel(
         cache, read, tokens, write, token_rows, window, skip, rows0, lo0, hi0, step0, own0, rows1, lo1, hi1, step1,
         own1, rows2, lo2, hi2, step2, own2,
     )  # fmt: skip
-    tile, unit_head = place(tl.program_id(0), tiles, heads, together, True)
-    b, g = unit_head // kv_heads, unit_head % kv_heads
+    tile, unit = place(tl.program_id(0), tiles, heads, together, True)
+    b, g, first_head = unit // (kv_heads * BLOCKS), unit // BLOCKS % kv_heads, unit % (kv_heads * BLOCKS) * PACK
     sample, ok = sample_of(b, queries, layout, token_lengths_ptr, token_starts_ptr, cache_starts_ptr, query_start_ptr)
 
-    i = tile * ROWS + tl.arange(0, ROWS)  # packed rows
-    query, head = i // GROUP, g * GROUP + i % GROUP
-    lo, hi, gap_lo, gap_hi, own = rows_of(query, queries, layout, sample, GAPS, OWN)
+    query, stays = tile_rows(tile, queries, ROWS, PACK)
+    head = first_head + tl.arange(0, ROWS) % PACK
+    lo, hi, gap_lo, gap_hi, own = rows_of(query, stays, layout, sample, GAPS, OWN)
     if SPLIT:
         first_key = tl.program_id(1) * chunk
         lo, hi = tl.maximum(lo, first_key), tl.minimum(hi, first_key + chunk)
@@ -157,10 +159,9 @@ def forward_kernel(
         own = tl.where((own >= first_key) & (own < first_key + chunk), own, -1)
     limit, walk = key_walk(lo, hi, gap_lo, gap_hi, KEYS, GAPS)
 
-    b64, g64 = b.to(tl.int64), g.to(tl.int64)
-    stays = query < queries
-    offsets = query.to(tl.int64) * q_n + head.to(tl.int64) * q_h
-    q = load_rows(query_ptr + b64 * q_b + offsets, stays, BLOCK_D, D, True)  # (ROWS, BLOCK_D)
+    b64, g64, h64 = b.to(tl.int64), g.to(tl.int64), first_head.to(tl.int64)
+    pointers = row_pointers(query_ptr + b64 * q_b + h64 * q_h, tile, q_n, q_h, ROWS, PACK, WIDE)
+    q = load_rows(pointers, stays, BLOCK_D, D, True)  # (ROWS, BLOCK_D)
     if SIGN != 1:
         q = (q.to(tl.float32) * SIGN).to(q.dtype)
     keys = (key_ptr + b64 * k_b + g64 * k_h, cache_key_ptr + b64 * ck_b + g64 * ck_h, k_n, ck_n, cache)
@@ -169,14 +170,15 @@ def forward_kernel(
     draw = (seed, threshold, query + sample[3], head, b)
     acc, total, highest = _attend(
         q, keys, values, (lo, hi, gap_lo, gap_hi), own, walk, limit, draw, scale, coarse, ROWS, KEYS, BLOCK_D, D, GAPS,
-        OWN, APART, DROPOUT, PRECISION, SPECIALIZE,
+        OWN, APART, WIDE, DROPOUT, PRECISION, SPECIALIZE,
     )  # fmt: skip
 
     blind = (lo >= hi) & (own < 0)
     acc, total = tl.where(blind[:, None], 0.0, acc), tl.where(blind, 0.0, total)
     total = tl.where(ok, total, float("nan"))  # a sample out of range shows
     pivot = tl.where(blind, float("-inf"), highest * unit_of(highest, scale, coarse))
-    row = (b64 * kv_heads * GROUP + head) * queries + query  # of lse
+    first_row = (b64 * kv_heads * BLOCKS * PACK + h64) * queries  # of lse
+    row = first_row + (tl.arange(0, ROWS) % PACK) * queries + query
     if SPLIT:
         chunks = tl.num_programs(1)
         part = row * chunks + tl.program_id(1)
@@ -186,8 +188,8 @@ def forward_kernel(
     else:
         acc = acc * (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
         lse = (pivot + tl.math.log2(tl.where(total == 0.0, 1.0, total))) * LN2
-        offsets = query.to(tl.int64) * o_n + head.to(tl.int64) * o_h
-        store_rows(out_ptr + b64 * o_b + offsets, acc, stays, BLOCK_D, D)
+        pointers = row_pointers(out_ptr + b64 * o_b + h64 * o_h, tile, o_n, o_h, ROWS, PACK, WIDE)
+        store_rows(pointers, acc, stays, BLOCK_D, D)
         tl.store(lse_ptr + row, lse, mask=stays)
 
 

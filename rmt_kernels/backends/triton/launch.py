@@ -23,6 +23,8 @@ from rmt_kernels.philox import threshold
 
 __all__ = ["Launch", "Shape", "backward", "backward_launches", "forward", "forward_launches"]
 
+MAX_PACK = 16  # the smallest tile of rows
+MAX_TILE = 256  # rows or keys of the largest tile
 PREPARE_ROWS = 64  # rows of a program of prepare_kernel
 _PLANS = 4096  # kept for each pass, then all are dropped
 
@@ -48,6 +50,9 @@ class Launch:
         found = self.kernel[self.grid](*tensors, *self.numbers, num_warps=self.warps, num_stages=self.stages)
         if found is not None:  # the interpreter gives nothing
             self.compiled[aligned] = found
+
+
+Strides = tuple[int, ...]  # three of each tensor: batch, head, row
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,24 @@ class Shape:
 
     @property
     def rows(self) -> int:
-        """Packed query rows of one key/value head."""
+        """Query rows that read one key/value head's keys."""
         return self.queries * self.group
+
+    @property
+    def pack(self) -> int:
+        """Heads of a group that lie side by side in a tile of rows: all, unless they are many."""
+        return max(pack for pack in range(1, MAX_PACK + 1) if self.group % pack == 0)
+
+    @property
+    def blocks(self) -> int:
+        return self.group // self.pack
+
+    def wide(self, strides: Strides) -> bool:
+        """Whether a row's place within a tile may take more than 31 bits."""
+        return any(
+            (self.pack - 1) * abs(head) + MAX_TILE * abs(row) >= 2**31
+            for head, row in zip(strides[1::3], strides[2::3], strict=True)
+        )
 
     @property
     def gaps(self) -> bool:
@@ -117,9 +138,6 @@ class Shape:
         return max(1, min(self.batch * self.kv_heads, int(self.l2 * share) // max(1, size)))
 
 
-Strides = tuple[int, ...]  # three of each tensor: batch, head, row
-
-
 def forward_launches(shape: Shape, strides: Strides) -> tuple[Launch, Launch | None, int]:
     """The forward kernel, the kernel that combines its parts where keys are split, and into how many parts.
 
@@ -127,16 +145,16 @@ def forward_launches(shape: Shape, strides: Strides) -> tuple[Launch, Launch | N
     """
     block_d = padded_width(shape.head_dim)
     tile = forward_config(shape.arch, block_d, shape.dtype, shape.precision, shape.rows)
-    heads, tiles = shape.batch * shape.kv_heads, -(-shape.rows // tile.rows)
+    heads, tiles = shape.batch * shape.kv_heads * shape.blocks, -(-shape.queries // (tile.rows // shape.pack))
     chunks = splits(shape.rows, shape.keys)
     main = Launch(
         fwd.forward_kernel,
         (tiles * heads, chunks),
         (
             *strides, shape.kv_heads, shape.queries, tiles, heads, shape.together(0.5), SPLIT_KEYS, shape.threshold,
-            shape.factor, 2.0 ** (math.frexp(shape.factor)[1] - 1), shape.keep_scale, *shape.layout, shape.group,
-            shape.head_dim, block_d, tile.rows, tile.keys, shape.gaps, shape.own, shape.apart, shape.dropout_p > 0.0,
-            shape.sign, shape.precision, chunks > 1, tile.specialize,
+            shape.factor, 2.0 ** (math.frexp(shape.factor)[1] - 1), shape.keep_scale, *shape.layout, shape.pack,
+            shape.blocks, shape.head_dim, block_d, tile.rows, tile.keys, shape.gaps, shape.own, shape.apart,
+            shape.wide(strides), shape.dropout_p > 0.0, shape.sign, shape.precision, chunks > 1, tile.specialize,
         ),
         tile.warps,
         tile.stages,
@@ -165,26 +183,31 @@ def backward_launches(shape: Shape, strides: Strides, out_strides: Strides) -> t
     block_d = padded_width(shape.head_dim)
     config = backward_config(shape.arch, block_d, shape.dtype, shape.precision, shape.rows)
     heads = shape.batch * shape.kv_heads
-    row_tiles, key_tiles = -(-shape.rows // config.queries.rows), -(-shape.keys // config.keys.keys)
+    row_tiles = -(-shape.queries // (config.queries.rows // shape.pack))
+    key_tiles = -(-shape.keys // config.keys.keys)
 
     def part(name: str, programs: int, warps: int, stages: int) -> Launch:
         numbers = (
             *strides, shape.kv_heads, shape.queries, row_tiles, key_tiles, heads, shape.together(0.25),
-            key_tiles * heads, shape.threshold, shape.factor, shape.scale, shape.keep_scale, *shape.layout, shape.group,
-            shape.head_dim, block_d, config.keys.rows, config.keys.keys, config.queries.rows, config.queries.keys,
-            shape.gaps, shape.own, shape.apart, shape.dropout_p > 0.0, shape.sign, shape.precision, name,
+            key_tiles * heads, shape.threshold, shape.factor, shape.scale, shape.keep_scale, *shape.layout, shape.pack,
+            shape.blocks, shape.head_dim, block_d, config.keys.rows, config.keys.keys, config.queries.rows,
+            config.queries.keys, shape.gaps, shape.own, shape.apart, shape.wide(strides), shape.dropout_p > 0.0,
+            shape.sign, shape.precision, name,
         )  # fmt: skip
         return Launch(bwd.backward_kernel, (programs, 1), numbers, warps, stages)
 
     if config.joint:
-        parts = [part("both", (row_tiles + key_tiles) * heads, config.keys.warps, config.keys.stages)]
+        parts = [part("both", (row_tiles * shape.blocks + key_tiles) * heads, config.keys.warps, config.keys.stages)]
     else:
         parts = [
             part("keys", key_tiles * heads, config.keys.warps, config.keys.stages),
-            part("queries", row_tiles * heads, config.queries.warps, config.queries.stages),
+            part("queries", row_tiles * shape.blocks * heads, config.queries.warps, config.queries.stages),
         ]
     count = shape.batch * shape.heads * shape.queries
-    numbers = (*out_strides, shape.heads, shape.queries, count, shape.head_dim, block_d, PREPARE_ROWS)
+    numbers = (
+        *out_strides, shape.heads, shape.queries, count, shape.batch, *shape.layout, shape.head_dim, block_d,
+        PREPARE_ROWS, shape.gaps,
+    )  # fmt: skip
     prepare = Launch(bwd.prepare_kernel, (-(-count // PREPARE_ROWS), 1), numbers, 4, 1) if count else None
     return prepare, [launch for launch in parts if launch.grid[0]]
 
@@ -299,11 +322,15 @@ def backward(
         dropout_p, _precision(query.dtype), padded, apart,
     )  # fmt: skip
     rows = query.new_empty(2 * lse.numel(), dtype=torch.float32)
+    spans = query.new_empty(4 * query.shape[0] * query.shape[2], dtype=torch.int32)
     if prepare is not None:
-        prepare(out, grad_out, lse, grad_lse.contiguous() if grad_lse is not None else None, rows)
+        prepare(
+            out, grad_out, lse, grad_lse.contiguous() if grad_lse is not None else None, rows, spans, token_lengths,
+            token_starts, cache_starts, query_start,
+        )  # fmt: skip
     for launch in parts:
         launch(
-            query, key, value, ck, cv, grad_out, rows, dq, dk, dv, dck_used, dcv_used, token_lengths, token_starts,
+            query, key, value, ck, cv, grad_out, rows, spans, dq, dk, dv, dck_used, dcv_used, token_lengths, token_starts,
             cache_starts, query_start, seed if dropout_p > 0.0 else None,
         )  # fmt: skip
     return dq, dk, dv, dck, dcv

@@ -1,7 +1,8 @@
 """Pieces that every kernel shares: what a sample hides, which keys a row sees, how tiles are loaded.
 
-Rows are *packed*: the query heads that share a key/value head lie side by side, row i of a program's axis is query
-``i // GROUP`` of head ``i % GROUP``, so grouped heads fill one tile and read their keys once.
+Rows are *packed*: PACK query heads that share a key/value head lie side by side in a tile of ROWS rows, so that grouped
+heads fill one tile and read their keys once. Row o of a tile is query ``o // PACK`` of the tile's ``ROWS // PACK``, in
+head ``o % PACK``; rows left over are idle. BLOCKS such packs make up a group.
 
 A layout arrives as the integers of ``SegmentLayout.ints`` and travels between functions as the tuple ``layout``:
 ``(cache, read, tokens, write, token_rows, window, skip, *READ form, *TOKENS form, *WRITE form)``, a form being
@@ -44,10 +45,32 @@ def sample_of(b, queries, layout, token_lengths, token_starts, cache_starts, que
 
 
 @triton.jit
-def rows_of(query, queries, layout, sample, GAPS: tl.constexpr, OWN: tl.constexpr):
+def tile_rows(tile, queries, ROWS: tl.constexpr, PACK: tl.constexpr):
+    """``(query, stays)`` of each row of a tile of packed rows: its query, and whether there is such a row."""
+    o = tl.arange(0, ROWS)
+    query = tile * (ROWS // PACK) + o // PACK
+    stays = query < queries
+    if ROWS % PACK != 0:
+        stays = stays & (o < ROWS // PACK * PACK)
+    return query, stays
+
+
+@triton.jit
+def row_pointers(base, tile, stride_n, stride_h, ROWS: tl.constexpr, PACK: tl.constexpr, WIDE: tl.constexpr):
+    """(ROWS,) pointers of a tile of packed rows, given their first head's: the tile's place in 64 bits, a row's place
+    within it, the same for every tile, in 32 where that is enough."""
+    o = tl.arange(0, ROWS)
+    query, head = o // PACK, o % PACK
+    if WIDE:
+        query, head = query.to(tl.int64), head.to(tl.int64)
+    return base + tile.to(tl.int64) * (ROWS // PACK) * stride_n + (query * stride_n + head * stride_h)
+
+
+@triton.jit
+def rows_of(query, stays, layout, sample, GAPS: tl.constexpr, OWN: tl.constexpr):
     """Which keys each query row sees: ``[lo, hi)`` outside ``[gap_lo, gap_hi)``, and ``own`` where it is not -1.
 
-    A row that sees no interval, or lies beyond the call, has lo = hi = 0.
+    A row that sees no interval, or does not stay, has lo = hi = 0.
     """
     cache, read, tokens, write, token_rows, window = layout[0], layout[1], layout[2], layout[3], layout[4], layout[5]
     begin, end, stale, first = sample
@@ -58,7 +81,7 @@ def rows_of(query, queries, layout, sample, GAPS: tl.constexpr, OWN: tl.constexp
     lo = tl.where(is_read, layout[8], tl.where(is_token, layout[13], layout[18]))
     step = tl.where(is_read, layout[10], tl.where(is_token, layout[15], layout[20]))
     hi = tl.where(is_read, layout[9], tl.where(is_token, layout[14], layout[19])) + step * p
-    live = (query < queries) & ((is_token == 0) | ((p >= begin) & (p < end)))
+    live = stays & ((is_token == 0) | ((p >= begin) & (p < end)))
 
     old = cache + p + 1 - window
     slides = is_token & (window > 0)
@@ -124,7 +147,7 @@ def store_rows(pointers, block, stays, BLOCK_D: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def key_pointers(source, start, KEYS: tl.constexpr, APART: tl.constexpr):
+def key_pointers(source, start, KEYS: tl.constexpr, APART: tl.constexpr, WIDE: tl.constexpr):
     """(KEYS,) row pointers from key ``start`` on. ``source`` is ``(base, cache base, stride, cache stride, cache)`` of
     one head's keys or values; where APART, the first ``cache`` of them lie in a tensor of their own."""
     base, cache_base, stride, cache_stride, cache = source
@@ -132,8 +155,7 @@ def key_pointers(source, start, KEYS: tl.constexpr, APART: tl.constexpr):
     if APART:
         return pointers_at(source, start + o_n, APART)
     else:
-        # The tile's place in 64 bits, a row's place within it in 32.
-        return base + start.to(tl.int64) * stride + o_n * stride
+        return base + start.to(tl.int64) * stride + (o_n.to(tl.int64) * stride if WIDE else o_n * stride)
 
 
 @triton.jit

@@ -121,54 +121,52 @@ def _region_rows(
 
 
 @triton.jit
-def _region_tiles(
-    n0, n1, queries, layout, sample, offset, FORM: tl.constexpr, TOKENS: tl.constexpr, GAPS: tl.constexpr,
-    GROUP: tl.constexpr,
-):  # fmt: skip
-    """As ``_region_rows``, in packed rows of the call; empty runs have a >= b."""
+def _region_queries(
+    n0, n1, queries, layout, sample, offset, FORM: tl.constexpr, TOKENS: tl.constexpr, GAPS: tl.constexpr
+):
+    """As ``_region_rows``, in query rows of the call; empty runs have a >= b."""
     a, b, open_a, open_b = _region_rows(n0, n1, layout, sample, FORM, TOKENS, GAPS)
     shift = offset - sample[3]
     end = tl.maximum(tl.minimum(shift + layout[FORM], queries), 0)
-    a, b = _clip(a + shift, 0, end), _clip(b + shift, 0, end)
-    open_a, open_b = _clip(open_a + shift, 0, end), _clip(open_b + shift, 0, end)
-    return a * GROUP, b * GROUP, open_a * GROUP, open_b * GROUP
+    return (
+        _clip(a + shift, 0, end), _clip(b + shift, 0, end), _clip(open_a + shift, 0, end), _clip(open_b + shift, 0, end)
+    )  # fmt: skip
 
 
 @triton.jit
-def _tiles(a, b, least, ROWS: tl.constexpr):
+def _tiles(a, b, least, QUERIES: tl.constexpr):
     """The tiles that rows [a, b) touch, from ``least`` on; (least, least) where there are none."""
-    start = tl.where(a < b, tl.maximum(a // ROWS, least), least)
-    return start, tl.where(a < b, tl.maximum(tl.cdiv(b, ROWS), start), least)
+    start = tl.where(a < b, tl.maximum(a // QUERIES, least), least)
+    return start, tl.where(a < b, tl.maximum(tl.cdiv(b, QUERIES), start), least)
 
 
 @triton.jit
-def _whole_tiles(a, b, count, ROWS: tl.constexpr):
+def _whole_tiles(a, b, count, QUERIES: tl.constexpr):
     """The tiles that lie in rows [a, b), where rows from ``count`` on do not matter."""
-    start = tl.cdiv(a, ROWS)
-    end = tl.where(b >= count, tl.cdiv(b, ROWS), b // ROWS)
+    start = tl.cdiv(a, QUERIES)
+    end = tl.where(b >= count, tl.cdiv(b, QUERIES), b // QUERIES)
     return start, tl.where(a < b, tl.maximum(end, start), start)
 
 
 @triton.jit
-def row_walk(n0, n1, queries, layout, sample, ROWS: tl.constexpr, GROUP: tl.constexpr, GAPS: tl.constexpr):
-    """The tiles of packed query rows that see keys of [n0, n1), as a walk."""
-    count = queries * GROUP
-    a1, b1, oa1, ob1 = _region_tiles(n0, n1, queries, layout, sample, 0, 7, False, GAPS, GROUP)
-    a2, b2, oa2, ob2 = _region_tiles(n0, n1, queries, layout, sample, layout[7], 12, True, GAPS, GROUP)
-    a3, b3, oa3, ob3 = _region_tiles(n0, n1, queries, layout, sample, layout[7] + layout[12], 17, False, GAPS, GROUP)
+def row_walk(n0, n1, queries, layout, sample, QUERIES: tl.constexpr, GAPS: tl.constexpr):
+    """The tiles of QUERIES query rows each that see keys of [n0, n1), as a walk."""
+    a1, b1, oa1, ob1 = _region_queries(n0, n1, queries, layout, sample, 0, 7, False, GAPS)
+    a2, b2, oa2, ob2 = _region_queries(n0, n1, queries, layout, sample, layout[7], 12, True, GAPS)
+    a3, b3, oa3, ob3 = _region_queries(n0, n1, queries, layout, sample, layout[7] + layout[12], 17, False, GAPS)
     # Open runs that touch become one, so that a tile across the border of two regions may be open.
     join = (oa1 < ob1) & (oa2 < ob2) & (ob1 == oa2)
     oa2, ob1 = tl.where(join, oa1, oa2), tl.where(join, oa1, ob1)
     join = (oa2 < ob2) & (oa3 < ob3) & (ob2 == oa3)
     oa3, ob2 = tl.where(join, oa2, oa3), tl.where(join, oa2, ob2)
 
-    begin = tl.where(a1 < b1, a1, tl.where(a2 < b2, a2, tl.where(a3 < b3, a3, 0))) // ROWS
-    _, e1 = _tiles(a1, b1, begin, ROWS)
-    s2, e2 = _tiles(a2, b2, e1, ROWS)
-    s3, e3 = _tiles(a3, b3, e2, ROWS)
-    open1_a, open1_b = _whole_tiles(oa1, ob1, count, ROWS)
-    open2_a, open2_b = _whole_tiles(oa2, ob2, count, ROWS)
-    open3_a, open3_b = _whole_tiles(oa3, ob3, count, ROWS)
+    begin = tl.where(a1 < b1, a1, tl.where(a2 < b2, a2, tl.where(a3 < b3, a3, 0))) // QUERIES
+    _, e1 = _tiles(a1, b1, begin, QUERIES)
+    s2, e2 = _tiles(a2, b2, e1, QUERIES)
+    s3, e3 = _tiles(a3, b3, e2, QUERIES)
+    open1_a, open1_b = _whole_tiles(oa1, ob1, queries, QUERIES)
+    open2_a, open2_b = _whole_tiles(oa2, ob2, queries, QUERIES)
+    open3_a, open3_b = _whole_tiles(oa3, ob3, queries, QUERIES)
     # An empty open run must not stand out of order, where it would stop later tiles from moving past it.
     open1_a, open1_b = _clip(open1_a, begin, e3), _clip(open1_b, begin, e3)
     open2_a, open2_b = _clip(open2_a, open1_b, e3), _clip(open2_b, open1_b, e3)
