@@ -53,12 +53,17 @@ class Inputs:
     grad: Tensor
 
 
-def make_inputs(case: Case, dtype: torch.dtype, *, requires_grad: bool = False, seed: int = 0) -> Inputs:
-    """Standard normal inputs, drawn in float32 and rounded to ``dtype``: the same for every dtype up to rounding."""
-    generator = torch.Generator().manual_seed(seed)
+def make_inputs(
+    case: Case, dtype: torch.dtype, *, requires_grad: bool = False, seed: int = 0, device: torch.device | str = "cpu"
+) -> Inputs:
+    """Standard normal inputs, drawn in float32 and rounded to ``dtype``: the same for every dtype up to rounding.
+
+    They are drawn on ``device``, so a CPU and a GPU do not get the same ones.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
 
     def draw(heads: int, rows: int) -> Tensor:
-        return torch.randn(case.batch, heads, rows, case.head_dim, generator=generator).to(dtype)
+        return torch.randn(case.batch, heads, rows, case.head_dim, generator=generator, device=device).to(dtype)
 
     queries, keys = case.layout.num_queries, case.layout.num_keys
     query, key, value = draw(case.heads, queries), draw(case.kv_heads, keys), draw(case.kv_heads, keys)

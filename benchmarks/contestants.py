@@ -37,7 +37,7 @@ class Contestant:
 
     def same(self, case: Case) -> bool:
         """Whether it computes the case itself, and not the ceiling without memory rules."""
-        return self.name != "plain" or plain_form(case.layout) in ("full", "causal")
+        return not self.name.startswith("plain") or plain_form(case.layout) in ("full", "causal")
 
 
 def plain_form(layout: SegmentLayout) -> str | None:

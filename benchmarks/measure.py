@@ -27,6 +27,7 @@ RMS_TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 _OURS_FACTOR = 2.0  # largest error, over eager PyTorch's in the same dtype
 _STOCK_FACTOR = 5.0  # the exponential in PyTorch's fused CPU attention is good to 20 bits only
 _ENTRIES = 2**24  # of one score matrix in the reference at a time
+_CPU = torch.device("cpu")
 
 
 # -- correctness -------------------------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ def evaluate(
     batch, heads = query.shape[:2]
     for part, start, first, last in _chunks(layout, max(1, _ENTRIES // (batch * heads * layout.num_keys))):
         rows = query[:, :, first:last].detach().requires_grad_()
-        query_start = None if start is None else torch.full((batch,), start, dtype=torch.int32)
+        query_start = None if start is None else torch.full((batch,), start, dtype=torch.int32, device=query.device)
         out, _ = reference_attention(rows, key, value, part, query_start=query_start)
         outs.append(out.detach())
         if grad is not None:
@@ -84,12 +85,17 @@ def evaluate(
 def _pick(tensor: Tensor, kv_heads: int, pairs: Sequence[int]) -> Tensor:
     """(pairs, group, rows, head_dim): the chosen (batch row, key/value head) pairs, as batch rows of their own."""
     heads = tensor.detach().unflatten(1, (kv_heads, -1)).flatten(0, 1)
-    return torch.index_select(heads, 0, torch.tensor(pairs))
+    return torch.index_select(heads, 0, torch.tensor(pairs, device=heads.device))
 
 
 @lru_cache(maxsize=4)
 def _truth(
-    case: Case, layout: SegmentLayout, dtype: torch.dtype, backward: bool, entries: int
+    case: Case,
+    layout: SegmentLayout,
+    dtype: torch.dtype,
+    backward: bool,
+    entries: int,
+    device: torch.device = _CPU,
 ) -> tuple[tuple[int, ...], dict[str, Tensor], dict[str, float]]:
     """The (batch row, key/value head) pairs that are checked, what float64 gives there, and eager PyTorch's errors.
 
@@ -99,7 +105,7 @@ def _truth(
     every, group = case.batch * case.kv_heads, case.heads // case.kv_heads
     count = min(every, max(2, entries // (group * layout.num_queries * layout.num_keys)))
     pairs = tuple(sorted({round(i * (every - 1) / max(1, count - 1)) for i in range(count)}))
-    inputs = make_inputs(case, dtype)
+    inputs = make_inputs(case, dtype, device=device)
     tensors = [
         _pick(inputs.query, case.kv_heads, pairs), _pick(inputs.key, case.kv_heads, pairs),
         _pick(inputs.value, case.kv_heads, pairs), _pick(inputs.grad, case.kv_heads, pairs),
@@ -117,11 +123,13 @@ def check(
 
     The largest error must be at most twice that of eager PyTorch in the same dtype (five times for fused stock
     attention), plus the rounding of the result; ours must also keep RMS error / RMS within ``RMS_TOLERANCE``, stock
-    within four times that. About ``entries`` scores are checked.
+    within four times that. About ``entries`` scores are checked. ``found`` must come from ``make_inputs`` on its own
+    device.
     """
     ours = contestant.name == "ours"
     factor, slack = (_OURS_FACTOR, 1.0) if ours else (_STOCK_FACTOR, 4.0)
-    pairs, exact, eager = _truth(case, computed_layout(contestant, case), dtype, len(found) > 1, entries)
+    device = found["out"].device
+    pairs, exact, eager = _truth(case, computed_layout(contestant, case), dtype, len(found) > 1, entries, device)
     errors: dict[str, dict[str, float]] = {}
     reasons = []
     for name, want in exact.items():

@@ -12,7 +12,9 @@ from rmt_kernels.backends.call import Call, check_values
 
 __all__ = ["run", "supports", "why_missing"]
 
-why_missing = "" if importlib.util.find_spec("triton") else "triton is not installed; install it with: pip install triton"
+why_missing = (
+    "" if importlib.util.find_spec("triton") else "triton is not installed; install it with: pip install triton"
+)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256

@@ -9,7 +9,7 @@ from rmt_kernels.backends.triton.forward import LAYOUT, place
 from rmt_kernels.backends.triton.tiles import (
     kept,
     kept_one,
-    key_pointers,
+    load_keys,
     load_or,
     load_rows,
     pointers_at,
@@ -80,21 +80,24 @@ def prepare_kernel(
 def _key_step(
     dk, dv, k, v, key, tile, side, first, queries, first_head, b, seed, threshold, scale, keep_scale,
     ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr, PACK: tl.constexpr,
-    GAPS: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
+    GAPS: tl.constexpr, DESCRIBED: tl.constexpr, DROPOUT: tl.constexpr, SIGN: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows adds to the gradients of a tile of keys. Scores are (KEYS, ROWS): so probabilities are the left
     operands of the products that follow, and can stay in registers."""
     query_ptr, grad_ptr, pivot_ptr, delta_ptr, span_ptr, span_size, q_n, q_h, do_n, do_h = side
     query, stays = tile_rows(tile, queries, ROWS, PACK)
-    q = load_rows(row_pointers(query_ptr, tile, q_n, q_h, ROWS, PACK, WIDE), stays, BLOCK_D, D, True)
+    if DESCRIBED:
+        q = query_ptr.load([b, first_head, tile * ROWS, 0]).reshape(ROWS, BLOCK_D)
+    else:
+        q = load_rows(row_pointers(query_ptr, tile, q_n, q_h, ROWS, PACK), stays, BLOCK_D, D, True)
     if SIGN != 1:
         q = (q.to(tl.float32) * SIGN).to(q.dtype)
-    pivot = tl.load(row_pointers(pivot_ptr, tile, 1, queries, ROWS, PACK, WIDE), mask=stays, other=float("inf"))
+    pivot = tl.load(row_pointers(pivot_ptr, tile, 1, queries, ROWS, PACK), mask=stays, other=float("inf"))
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (KEYS, ROWS)
     p = tl.math.exp2(s * scale - pivot[None, :])
     if MASKED:
-        span = row_pointers(span_ptr, tile, 1, 0, ROWS, PACK, WIDE)
+        span = row_pointers(span_ptr, tile, 1, 0, ROWS, PACK)
         lo = tl.load(span, mask=stays, other=0)
         hi = tl.load(span + span_size, mask=stays, other=0)
         gap_lo, gap_hi = lo, lo
@@ -103,8 +106,11 @@ def _key_step(
             gap_hi = tl.load(span + 3 * span_size, mask=stays, other=0)
         visible = sees(lo[None, :], hi[None, :], gap_lo[None, :], gap_hi[None, :], key[:, None], GAPS)
         p = tl.where(visible, p, 0.0)
-    grad = load_rows(row_pointers(grad_ptr, tile, do_n, do_h, ROWS, PACK, WIDE), stays, BLOCK_D, D, True)
-    delta = tl.load(row_pointers(delta_ptr, tile, 1, queries, ROWS, PACK, WIDE), mask=stays, other=0.0)
+    if DESCRIBED:
+        grad = grad_ptr.load([b, first_head, tile * ROWS, 0]).reshape(ROWS, BLOCK_D)
+    else:
+        grad = load_rows(row_pointers(grad_ptr, tile, do_n, do_h, ROWS, PACK), stays, BLOCK_D, D, True)
+    delta = tl.load(row_pointers(delta_ptr, tile, 1, queries, ROWS, PACK), mask=stays, other=0.0)
     dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)  # (KEYS, ROWS)
     if DROPOUT:
         draw = (seed, threshold, query + first, first_head + tl.arange(0, ROWS) % PACK, b)
@@ -160,17 +166,17 @@ def _key_gradients(
     tile, b, g, keys, values, grad_keys, grad_values, query_ptr, grad_ptr, rows_ptr, spans_ptr, span_size, q_h, q_n, do_h, do_n,
     layout, sample, ok, queries, kv_heads, row_count, seed, threshold, scale, grad_scale, keep_scale,
     PACK: tl.constexpr, BLOCKS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr, WIDE: tl.constexpr,
-    DROPOUT: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr,
+    DESCRIBED: tl.constexpr, DROPOUT: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values, from every row that sees it. ``query_ptr`` and ``grad_ptr`` are of the
-    sample's first head."""
+    sample's first head, or where DESCRIBED descriptors of the whole tensors."""
     num_keys = layout[0] + layout[1] + layout[2] + layout[3]
     start = tile * KEYS
     key = start + tl.arange(0, KEYS)
     exists = key < num_keys
-    k = load_rows(key_pointers(keys, start, KEYS, APART, WIDE), exists, BLOCK_D, D, True)  # (KEYS, BLOCK_D)
-    v = load_rows(key_pointers(values, start, KEYS, APART, WIDE), exists, BLOCK_D, D, True)  # (KEYS, BLOCK_D)
+    k = load_rows(pointers_at(keys, key, APART), exists, BLOCK_D, D, True)  # (KEYS, BLOCK_D)
+    v = load_rows(pointers_at(values, key, APART), exists, BLOCK_D, D, True)  # (KEYS, BLOCK_D)
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
     end = tl.minimum(start + KEYS, num_keys)
@@ -179,9 +185,12 @@ def _key_gradients(
         first_head = (g * BLOCKS + block) * PACK
         h64 = first_head.to(tl.int64)
         pivot_ptr = rows_ptr + (b.to(tl.int64) * kv_heads * BLOCKS * PACK + h64) * queries
+        head_query, head_grad = query_ptr, grad_ptr
+        if not DESCRIBED:
+            head_query, head_grad = query_ptr + h64 * q_h, grad_ptr + h64 * do_h
         side = (
-            query_ptr + h64 * q_h, grad_ptr + h64 * do_h, pivot_ptr, pivot_ptr + row_count,
-            spans_ptr + b.to(tl.int64) * queries, span_size, q_n, q_h, do_n, do_h,
+            head_query, head_grad, pivot_ptr, pivot_ptr + row_count, spans_ptr + b.to(tl.int64) * queries, span_size,
+            q_n, q_h, do_n, do_h,
         )  # fmt: skip
         if OWN:
             dk, dv = _own_step(
@@ -191,30 +200,32 @@ def _key_gradients(
         for i in range(0, open_count(walk)):
             dk, dv = _key_step(
                 dk, dv, k, v, key, open_tile(i, walk), side, sample[3], queries, first_head, b, seed, threshold,
-                scale, keep_scale, ROWS, KEYS, BLOCK_D, D, PACK, GAPS, WIDE, DROPOUT, SIGN, PRECISION, False,
+                scale, keep_scale, ROWS, KEYS, BLOCK_D, D, PACK, GAPS, DESCRIBED, DROPOUT, SIGN,
+                PRECISION, False,
             )  # fmt: skip
         for i in range(0, edge_count(walk)):
             dk, dv = _key_step(
                 dk, dv, k, v, key, edge_tile(i, walk), side, sample[3], queries, first_head, b, seed, threshold,
-                scale, keep_scale, ROWS, KEYS, BLOCK_D, D, PACK, GAPS, WIDE, DROPOUT, SIGN, PRECISION, True,
+                scale, keep_scale, ROWS, KEYS, BLOCK_D, D, PACK, GAPS, DESCRIBED, DROPOUT, SIGN,
+                PRECISION, True,
             )  # fmt: skip
     bad = tl.where(ok, 0.0, float("nan"))  # a sample out of range shows
     dk, dv = dk * (grad_scale * SIGN) + bad, dv * keep_scale + bad
-    store_rows(key_pointers(grad_keys, start, KEYS, APART, WIDE), dk, exists, BLOCK_D, D)
-    store_rows(key_pointers(grad_values, start, KEYS, APART, WIDE), dv, exists, BLOCK_D, D)
+    store_rows(pointers_at(grad_keys, key, APART), dk, exists, BLOCK_D, D)
+    store_rows(pointers_at(grad_values, key, APART), dv, exists, BLOCK_D, D)
 
 
 @triton.jit
 def _query_step(
     dq, q, grad, pivot, delta, keys, values, tile, limit, rows, draw, scale, keep_scale, KEYS: tl.constexpr,
-    BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, APART: tl.constexpr, WIDE: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, APART: tl.constexpr,
+    DESCRIBED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys adds to the gradients of a tile of queries."""
     start = tile * KEYS
     key = start + tl.arange(0, KEYS)
-    k = load_rows(key_pointers(keys, start, KEYS, APART, WIDE), key < limit, BLOCK_D, D, MASKED)  # (KEYS, BLOCK_D)
-    v = load_rows(key_pointers(values, start, KEYS, APART, WIDE), key < limit, BLOCK_D, D, MASKED)  # (KEYS, BLOCK_D)
+    k = load_keys(keys, start, limit, KEYS, BLOCK_D, D, APART, DESCRIBED, MASKED)  # (KEYS, BLOCK_D)
+    v = load_keys(values, start, limit, KEYS, BLOCK_D, D, APART, DESCRIBED, MASKED)  # (KEYS, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (ROWS, KEYS)
     p = tl.math.exp2(s * scale - pivot[:, None])
     if MASKED:
@@ -233,8 +244,8 @@ def _query_gradients(
     tile, b, first_head, keys, values, query_ptr, grad_ptr, rows_ptr, grad_query_ptr, q_h, q_n, do_h, do_n, dq_h, dq_n,
     layout, sample, ok, queries, q_heads, row_count, seed, threshold, scale, grad_scale, keep_scale,
     PACK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr,
-    SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr, DESCRIBED: tl.constexpr,
+    DROPOUT: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of packed query rows, from every key they see. The pointers are of the sample's first
     head."""
@@ -243,12 +254,12 @@ def _query_gradients(
     limit, walk = key_walk(lo, hi, gap_lo, gap_hi, KEYS, GAPS)
     seeing = (lo < hi) | (own >= 0)
     h64 = first_head.to(tl.int64)
-    q = load_rows(row_pointers(query_ptr + h64 * q_h, tile, q_n, q_h, ROWS, PACK, WIDE), seeing, BLOCK_D, D, True)
+    q = load_rows(row_pointers(query_ptr + h64 * q_h, tile, q_n, q_h, ROWS, PACK), seeing, BLOCK_D, D, True)
     if SIGN != 1:
         q = (q.to(tl.float32) * SIGN).to(q.dtype)
-    grad = load_rows(row_pointers(grad_ptr + h64 * do_h, tile, do_n, do_h, ROWS, PACK, WIDE), seeing, BLOCK_D, D, True)
+    grad = load_rows(row_pointers(grad_ptr + h64 * do_h, tile, do_n, do_h, ROWS, PACK), seeing, BLOCK_D, D, True)
     pivot_ptr = row_pointers(
-        rows_ptr + (b.to(tl.int64) * q_heads + h64) * queries, tile, 1, queries, ROWS, PACK, WIDE
+        rows_ptr + (b.to(tl.int64) * q_heads + h64) * queries, tile, 1, queries, ROWS, PACK
     )  # fmt: skip
     pivot = tl.load(pivot_ptr, mask=seeing, other=float("inf"))
     delta = tl.load(pivot_ptr + row_count, mask=seeing, other=0.0)
@@ -266,22 +277,22 @@ def _query_gradients(
     for i in range(0, open_count(walk)):
         dq = _query_step(
             dq, q, grad, pivot, delta, keys, values, open_tile(i, walk), limit, (lo, hi, gap_lo, gap_hi), draw, scale,
-            keep_scale, KEYS, BLOCK_D, D, GAPS, APART, WIDE, DROPOUT, PRECISION, False,
+            keep_scale, KEYS, BLOCK_D, D, GAPS, APART, DESCRIBED, DROPOUT, PRECISION, False,
         )  # fmt: skip
     for i in range(0, edge_count(walk)):
         dq = _query_step(
             dq, q, grad, pivot, delta, keys, values, edge_tile(i, walk), limit, (lo, hi, gap_lo, gap_hi), draw, scale,
-            keep_scale, KEYS, BLOCK_D, D, GAPS, APART, WIDE, DROPOUT, PRECISION, True,
+            keep_scale, KEYS, BLOCK_D, D, GAPS, APART, DESCRIBED, DROPOUT, PRECISION, True,
         )  # fmt: skip
     dq = tl.where(seeing[:, None], dq * grad_scale, 0.0) + tl.where(ok, 0.0, float("nan"))
-    store_rows(row_pointers(grad_query_ptr + h64 * dq_h, tile, dq_n, dq_h, ROWS, PACK, WIDE), dq, stays, BLOCK_D, D)
+    store_rows(row_pointers(grad_query_ptr + h64 * dq_h, tile, dq_n, dq_h, ROWS, PACK), dq, stays, BLOCK_D, D)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     query_ptr, key_ptr, value_ptr, cache_key_ptr, cache_value_ptr, grad_out_ptr, rows_ptr, spans_ptr, grad_query_ptr,
     grad_key_ptr, grad_value_ptr, grad_cache_key_ptr, grad_cache_value_ptr, token_lengths_ptr, token_starts_ptr, cache_starts_ptr,
-    query_start_ptr, seed_ptr,
+    query_start_ptr, seed_ptr, query_blocks, grad_out_blocks, key_blocks, value_blocks,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, ck_b, ck_h, ck_n, cv_b, cv_h, cv_n, do_b, do_h, do_n,
     dq_b, dq_h, dq_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n, dck_b, dck_h, dck_n, dcv_b, dcv_h, dcv_n,
     kv_heads, queries, row_tiles, key_tiles, heads, together, key_programs, threshold, scale, grad_scale, keep_scale,
@@ -289,11 +300,12 @@ def backward_kernel(
     rows2, lo2, hi2, step2, own2,
     PACK: tl.constexpr, BLOCKS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEY_ROWS: tl.constexpr,
     KEY_KEYS: tl.constexpr, QUERY_ROWS: tl.constexpr, QUERY_KEYS: tl.constexpr, GAPS: tl.constexpr, OWN: tl.constexpr,
-    APART: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
-    PART: tl.constexpr,
+    APART: tl.constexpr, DESCRIBED: tl.constexpr, DROPOUT: tl.constexpr, SIGN: tl.constexpr,
+    PRECISION: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values (PART "keys"), of queries ("queries"), or of both in one launch ("both"), in which
-    the first ``key_programs`` programs own tiles of keys. ``heads`` counts (sample, key/value head) pairs."""
+    the first ``key_programs`` programs own tiles of keys. ``heads`` counts (sample, key/value head) pairs. Where
+    DESCRIBED, the tiles that a program walks are fetched through the four descriptors."""
     layout = (
         cache, read, tokens, write, token_rows, window, skip, rows0, lo0, hi0, step0, own0, rows1, lo1, hi1, step1,
         own1, rows2, lo2, hi2, step2, own2,
@@ -317,13 +329,18 @@ def backward_kernel(
             grad_value_ptr + b64 * dv_b + g64 * dv_h, grad_cache_value_ptr + b64 * dcv_b + g64 * dcv_h, dv_n, dcv_n,
             cache,
         )  # fmt: skip
-        sample, ok = sample_of(b, queries, layout, token_lengths_ptr, token_starts_ptr, cache_starts_ptr, query_start_ptr)
+        sample, ok = sample_of(
+            b, queries, layout, token_lengths_ptr, token_starts_ptr, cache_starts_ptr, query_start_ptr
+        )
+        if DESCRIBED:
+            queries_side, grads_side = query_blocks, grad_out_blocks
+        else:
+            queries_side, grads_side = query_ptr + b64 * q_b, grad_out_ptr + b64 * do_b
         _key_gradients(
-            tile, b, g, keys, values, grad_keys, grad_values, query_ptr + b64 * q_b, grad_out_ptr + b64 * do_b,
-            rows_ptr, spans_ptr, heads // kv_heads * queries.to(tl.int64), q_h, q_n, do_h, do_n, layout, sample, ok,
+            tile, b, g, keys, values, grad_keys, grad_values, queries_side, grads_side, rows_ptr, spans_ptr, heads // kv_heads * queries.to(tl.int64), q_h, q_n, do_h, do_n, layout, sample, ok,
             queries, kv_heads, row_count, seed, threshold, scale,
-            grad_scale, keep_scale, PACK, BLOCKS, D, BLOCK_D, KEY_ROWS, KEY_KEYS, GAPS, OWN, APART, WIDE, DROPOUT, SIGN,
-            PRECISION,
+            grad_scale, keep_scale, PACK, BLOCKS, D, BLOCK_D, KEY_ROWS, KEY_KEYS, GAPS, OWN, APART, DESCRIBED,
+            DROPOUT, SIGN, PRECISION,
         )  # fmt: skip
     else:
         if PART == "both":
@@ -331,12 +348,23 @@ def backward_kernel(
         tile, unit = place(pid, row_tiles, heads * BLOCKS, together, True)
         b, g, first_head = unit // (kv_heads * BLOCKS), unit // BLOCKS % kv_heads, unit % (kv_heads * BLOCKS) * PACK
         b64, g64 = b.to(tl.int64), g.to(tl.int64)
-        keys = (key_ptr + b64 * k_b + g64 * k_h, cache_key_ptr + b64 * ck_b + g64 * ck_h, k_n, ck_n, cache)
-        values = (value_ptr + b64 * v_b + g64 * v_h, cache_value_ptr + b64 * cv_b + g64 * cv_h, v_n, cv_n, cache)
-        sample, ok = sample_of(b, queries, layout, token_lengths_ptr, token_starts_ptr, cache_starts_ptr, query_start_ptr)
+        if DESCRIBED:
+            seen_keys, seen_values = (key_blocks, b, g), (value_blocks, b, g)
+        else:
+            seen_keys = (key_ptr + b64 * k_b + g64 * k_h, cache_key_ptr + b64 * ck_b + g64 * ck_h, k_n, ck_n, cache)
+            seen_values = (
+                value_ptr + b64 * v_b + g64 * v_h,
+                cache_value_ptr + b64 * cv_b + g64 * cv_h,
+                v_n,
+                cv_n,
+                cache,
+            )
+        sample, ok = sample_of(
+            b, queries, layout, token_lengths_ptr, token_starts_ptr, cache_starts_ptr, query_start_ptr
+        )
         _query_gradients(
-            tile, b, first_head, keys, values, query_ptr + b64 * q_b, grad_out_ptr + b64 * do_b, rows_ptr,
+            tile, b, first_head, seen_keys, seen_values, query_ptr + b64 * q_b, grad_out_ptr + b64 * do_b, rows_ptr,
             grad_query_ptr + b64 * dq_b, q_h, q_n, do_h, do_n, dq_h, dq_n, layout, sample, ok, queries,
             kv_heads * BLOCKS * PACK, row_count, seed, threshold, scale, grad_scale, keep_scale, PACK, D, BLOCK_D,
-            QUERY_ROWS, QUERY_KEYS, GAPS, OWN, APART, WIDE, DROPOUT, SIGN, PRECISION,
+            QUERY_ROWS, QUERY_KEYS, GAPS, OWN, APART, DESCRIBED, DROPOUT, SIGN, PRECISION,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import triton.language as tl
 from rmt_kernels.backends.triton.tiles import (
     kept,
     kept_one,
-    key_pointers,
+    load_keys,
     load_or,
     load_rows,
     pointers_at,
@@ -47,13 +47,13 @@ def unit_of(highest, scale, coarse):
 @triton.jit
 def _step(
     acc, total, highest, q, keys, values, tile, limit, rows, draw, scale, coarse, KEYS: tl.constexpr,
-    BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, APART: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, APART: tl.constexpr,
+    DESCRIBED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: scores, softmax against the highest score so far, weighted sum of values."""
     start = tile * KEYS
     key = start + tl.arange(0, KEYS)
-    k = load_rows(key_pointers(keys, start, KEYS, APART, WIDE), key < limit, BLOCK_D, D, MASKED)  # (KEYS, BLOCK_D)
+    k = load_keys(keys, start, limit, KEYS, BLOCK_D, D, APART, DESCRIBED, MASKED)  # (KEYS, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (ROWS, KEYS)
     if MASKED:
         lo, hi, gap_lo, gap_hi = rows
@@ -69,7 +69,7 @@ def _step(
     total = total * fade + tl.sum(p, 1)
     if DROPOUT:
         p = tl.where(kept(draw, start, KEYS), p, 0.0)
-    v = load_rows(key_pointers(values, start, KEYS, APART, WIDE), key < limit, BLOCK_D, D, MASKED)  # (KEYS, BLOCK_D)
+    v = load_keys(values, start, limit, KEYS, BLOCK_D, D, APART, DESCRIBED, MASKED)  # (KEYS, BLOCK_D)
     acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return acc, total, higher
 
@@ -77,8 +77,9 @@ def _step(
 @triton.jit
 def _attend(
     q, keys, values, rows, own, walk, limit, draw, scale, coarse, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr, WIDE: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SPECIALIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr,
+    DESCRIBED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """``(acc, total, highest)``: values summed with weights 2^((score - highest) * unit), and the sum of the weights."""
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -98,18 +99,18 @@ def _attend(
         for i in tl.range(0, walk[1] - walk[0], warp_specialize=True):
             acc, total, highest = _step(
                 acc, total, highest, q, keys, values, walk[0] + i, limit, rows, draw, scale, coarse, KEYS, BLOCK_D, D,
-                GAPS, APART, WIDE, DROPOUT, PRECISION, True,
+                GAPS, APART, DESCRIBED, DROPOUT, PRECISION, True,
             )  # fmt: skip
     else:
         for i in range(0, open_count(walk)):
             acc, total, highest = _step(
                 acc, total, highest, q, keys, values, open_tile(i, walk), limit, rows, draw, scale, coarse, KEYS,
-                BLOCK_D, D, GAPS, APART, WIDE, DROPOUT, PRECISION, False,
+                BLOCK_D, D, GAPS, APART, DESCRIBED, DROPOUT, PRECISION, False,
             )  # fmt: skip
         for i in range(0, edge_count(walk)):
             acc, total, highest = _step(
                 acc, total, highest, q, keys, values, edge_tile(i, walk), limit, rows, draw, scale, coarse, KEYS,
-                BLOCK_D, D, GAPS, APART, WIDE, DROPOUT, PRECISION, True,
+                BLOCK_D, D, GAPS, APART, DESCRIBED, DROPOUT, PRECISION, True,
             )  # fmt: skip
     return acc, total, highest
 
@@ -135,9 +136,10 @@ def forward_kernel(
     kv_heads, queries, tiles, heads, together, chunk, threshold, scale, coarse, keep_scale,
     cache, read, tokens, write, token_rows, window, skip, rows0, lo0, hi0, step0, own0, rows1, lo1, hi1, step1, own1,
     rows2, lo2, hi2, step2, own2,
-    PACK: tl.constexpr, BLOCKS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, SIGN: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT: tl.constexpr, SPECIALIZE: tl.constexpr,
+    PACK: tl.constexpr, BLOCKS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr,
+    DESCRIBED: tl.constexpr, DROPOUT: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """out (batch, heads, queries, D) and lse (batch, heads, queries); where SPLIT, their parts instead: for every row
     of lse and every chunk of keys D sums, the pivot they are relative to (an exponent of 2), and the weights' sum."""
@@ -160,17 +162,20 @@ def forward_kernel(
     limit, walk = key_walk(lo, hi, gap_lo, gap_hi, KEYS, GAPS)
 
     b64, g64, h64 = b.to(tl.int64), g.to(tl.int64), first_head.to(tl.int64)
-    pointers = row_pointers(query_ptr + b64 * q_b + h64 * q_h, tile, q_n, q_h, ROWS, PACK, WIDE)
+    pointers = row_pointers(query_ptr + b64 * q_b + h64 * q_h, tile, q_n, q_h, ROWS, PACK)
     q = load_rows(pointers, stays, BLOCK_D, D, True)  # (ROWS, BLOCK_D)
     if SIGN != 1:
         q = (q.to(tl.float32) * SIGN).to(q.dtype)
-    keys = (key_ptr + b64 * k_b + g64 * k_h, cache_key_ptr + b64 * ck_b + g64 * ck_h, k_n, ck_n, cache)
-    values = (value_ptr + b64 * v_b + g64 * v_h, cache_value_ptr + b64 * cv_b + g64 * cv_h, v_n, cv_n, cache)
+    if DESCRIBED:
+        keys, values = (key_ptr, b, g), (value_ptr, b, g)
+    else:
+        keys = (key_ptr + b64 * k_b + g64 * k_h, cache_key_ptr + b64 * ck_b + g64 * ck_h, k_n, ck_n, cache)
+        values = (value_ptr + b64 * v_b + g64 * v_h, cache_value_ptr + b64 * cv_b + g64 * cv_h, v_n, cv_n, cache)
     seed = load_or(seed_ptr, 0, 0)
     draw = (seed, threshold, query + sample[3], head, b)
     acc, total, highest = _attend(
         q, keys, values, (lo, hi, gap_lo, gap_hi), own, walk, limit, draw, scale, coarse, ROWS, KEYS, BLOCK_D, D, GAPS,
-        OWN, APART, WIDE, DROPOUT, PRECISION, SPECIALIZE,
+        OWN, APART, DESCRIBED, DROPOUT, PRECISION, SPECIALIZE,
     )  # fmt: skip
 
     blind = (lo >= hi) & (own < 0)
@@ -188,7 +193,7 @@ def forward_kernel(
     else:
         acc = acc * (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
         lse = (pivot + tl.math.log2(tl.where(total == 0.0, 1.0, total))) * LN2
-        pointers = row_pointers(out_ptr + b64 * o_b + h64 * o_h, tile, o_n, o_h, ROWS, PACK, WIDE)
+        pointers = row_pointers(out_ptr + b64 * o_b + h64 * o_h, tile, o_n, o_h, ROWS, PACK)
         store_rows(pointers, acc, stays, BLOCK_D, D)
         tl.store(lse_ptr + row, lse, mask=stays)
 

@@ -14,17 +14,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rmt_kernels.backends.triton import backward as bwd
 from rmt_kernels.backends.triton import forward as fwd
-from rmt_kernels.backends.triton.configs import SPLIT_KEYS, backward_config, forward_config, padded_width, splits
+from rmt_kernels.backends.triton.configs import (
+    SPLIT_KEYS,
+    Backward,
+    Tile,
+    backward_config,
+    forward_config,
+    padded_width,
+    splits,
+)
 from rmt_kernels.ops import Gradients, like
 from rmt_kernels.philox import threshold
 
 __all__ = ["Launch", "Shape", "backward", "backward_launches", "forward", "forward_launches"]
 
 MAX_PACK = 16  # the smallest tile of rows
-MAX_TILE = 256  # rows or keys of the largest tile
 PREPARE_ROWS = 64  # rows of a program of prepare_kernel
 _PLANS = 4096  # kept for each pass, then all are dropped
 
@@ -38,11 +46,13 @@ class Launch:
     numbers: tuple[Any, ...]
     warps: int
     stages: int
+    blocks: tuple[tuple[int, int], ...] = ()  # tensors given as descriptors: which, and the rows of a block
     compiled: dict[tuple[bool, ...], Any] = field(default_factory=dict, compare=False)
 
-    def __call__(self, *tensors: Tensor | None) -> None:
+    def __call__(self, *tensors: Any) -> None:
+        tensors = self.described(tensors)
         # What Triton compiles depends on the numbers, which do not change here, and on aligned addresses, which may.
-        aligned = tuple([tensor is not None and tensor.data_ptr() % 16 == 0 for tensor in tensors])
+        aligned = tuple([isinstance(tensor, Tensor) and tensor.data_ptr() % 16 == 0 for tensor in tensors])
         compiled = self.compiled.get(aligned)
         if compiled is not None:
             compiled[self.grid[0], self.grid[1], 1](*tensors, *self.numbers)
@@ -50,6 +60,17 @@ class Launch:
         found = self.kernel[self.grid](*tensors, *self.numbers, num_warps=self.warps, num_stages=self.stages)
         if found is not None:  # the interpreter gives nothing
             self.compiled[aligned] = found
+
+    def described(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The tensors, those that the kernel fetches by blocks as descriptors."""
+        if not self.blocks:
+            return tensors
+        changed = list(tensors)
+        for index, rows in self.blocks:
+            tensor = tensors[index]
+            block = [1, 1, rows, padded_width(tensor.shape[-1])]
+            changed[index] = TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+        return tuple(changed)
 
 
 Strides = tuple[int, ...]  # three of each tensor: batch, head, row
@@ -71,6 +92,8 @@ class Shape:
     dropout_p: float
     padded: bool  # token_lengths or token_starts given
     apart: bool  # CACHE given as tensors of its own
+    started: bool  # query_start given
+    even: bool  # addresses and strides are multiples of 16 bytes: what the copy engine asks for
     arch: int  # compute capability times 10; 0 in the interpreter
     l2: int  # bytes of cache
 
@@ -95,13 +118,6 @@ class Shape:
     @property
     def blocks(self) -> int:
         return self.group // self.pack
-
-    def wide(self, strides: Strides) -> bool:
-        """Whether a row's place within a tile may take more than 31 bits."""
-        return any(
-            (self.pack - 1) * abs(head) + MAX_TILE * abs(row) >= 2**31
-            for head, row in zip(strides[1::3], strides[2::3], strict=True)
-        )
 
     @property
     def gaps(self) -> bool:
@@ -132,21 +148,27 @@ class Shape:
     def keep_scale(self) -> float:
         return 1.0 / (1.0 - self.dropout_p)
 
+    def described(self, wanted: bool) -> bool:
+        """Whether tiles are fetched through descriptors: wanted, and every tile is rows of one tensor."""
+        return wanted and self.even and not self.apart and not self.own and not self.started
+
     def together(self, share: float) -> int:
         """Key/value heads whose keys and values fill ``share`` of the cache."""
         size = 2 * self.keys * self.head_dim * self.dtype.itemsize
         return max(1, min(self.batch * self.kv_heads, int(self.l2 * share) // max(1, size)))
 
 
-def forward_launches(shape: Shape, strides: Strides) -> tuple[Launch, Launch | None, int]:
+def forward_launches(shape: Shape, strides: Strides, tile: Tile | None = None) -> tuple[Launch, Launch | None, int]:
     """The forward kernel, the kernel that combines its parts where keys are split, and into how many parts.
 
     ``strides`` are those of query, key, value, cache key, cache value and out.
     """
     block_d = padded_width(shape.head_dim)
-    tile = forward_config(shape.arch, block_d, shape.dtype, shape.precision, shape.rows)
+    if tile is None:
+        tile = forward_config(shape.arch, block_d, shape.dtype, shape.precision, shape.rows, shape.dropout_p > 0.0)
     heads, tiles = shape.batch * shape.kv_heads * shape.blocks, -(-shape.queries // (tile.rows // shape.pack))
     chunks = splits(shape.rows, shape.keys)
+    described = shape.described(tile.descriptors) and chunks == 1
     main = Launch(
         fwd.forward_kernel,
         (tiles * heads, chunks),
@@ -154,10 +176,12 @@ def forward_launches(shape: Shape, strides: Strides) -> tuple[Launch, Launch | N
             *strides, shape.kv_heads, shape.queries, tiles, heads, shape.together(0.5), SPLIT_KEYS, shape.threshold,
             shape.factor, 2.0 ** (math.frexp(shape.factor)[1] - 1), shape.keep_scale, *shape.layout, shape.pack,
             shape.blocks, shape.head_dim, block_d, tile.rows, tile.keys, shape.gaps, shape.own, shape.apart,
-            shape.wide(strides), shape.dropout_p > 0.0, shape.sign, shape.precision, chunks > 1, tile.specialize,
+            described, shape.dropout_p > 0.0, shape.sign, shape.precision, chunks > 1,
+            tile.specialize,
         ),
         tile.warps,
         tile.stages,
+        ((1, tile.keys), (2, tile.keys)) if described else (),
     )  # fmt: skip
     if chunks == 1:
         return main, None, 1
@@ -174,15 +198,19 @@ def forward_launches(shape: Shape, strides: Strides) -> tuple[Launch, Launch | N
     return main, combine, chunks
 
 
-def backward_launches(shape: Shape, strides: Strides, out_strides: Strides) -> tuple[Launch | None, list[Launch]]:
+def backward_launches(
+    shape: Shape, strides: Strides, out_strides: Strides, config: Backward | None = None
+) -> tuple[Launch | None, list[Launch]]:
     """The kernel that prepares rows, where there are any, and one or two kernels for the gradients.
 
     ``strides`` are those of query, key, value, cache key, cache value, grad_out and the gradients of the first five;
     ``out_strides`` those of out and grad_out.
     """
     block_d = padded_width(shape.head_dim)
-    config = backward_config(shape.arch, block_d, shape.dtype, shape.precision, shape.rows)
+    if config is None:
+        config = backward_config(shape.arch, block_d, shape.dtype, shape.precision, shape.rows, shape.dropout_p > 0.0)
     heads = shape.batch * shape.kv_heads
+    described = shape.described(config.descriptors) and shape.pack == 1
     row_tiles = -(-shape.queries // (config.queries.rows // shape.pack))
     key_tiles = -(-shape.keys // config.keys.keys)
 
@@ -191,10 +219,11 @@ def backward_launches(shape: Shape, strides: Strides, out_strides: Strides) -> t
             *strides, shape.kv_heads, shape.queries, row_tiles, key_tiles, heads, shape.together(0.25),
             key_tiles * heads, shape.threshold, shape.factor, shape.scale, shape.keep_scale, *shape.layout, shape.pack,
             shape.blocks, shape.head_dim, block_d, config.keys.rows, config.keys.keys, config.queries.rows,
-            config.queries.keys, shape.gaps, shape.own, shape.apart, shape.wide(strides), shape.dropout_p > 0.0,
-            shape.sign, shape.precision, name,
+            config.queries.keys, shape.gaps, shape.own, shape.apart, described,
+            shape.dropout_p > 0.0, shape.sign, shape.precision, name,
         )  # fmt: skip
-        return Launch(bwd.backward_kernel, (programs, 1), numbers, warps, stages)
+        blocks = ((18, config.keys.rows), (19, config.keys.rows), (20, config.queries.keys), (21, config.queries.keys))
+        return Launch(bwd.backward_kernel, (programs, 1), numbers, warps, stages, blocks if described else ())
 
     if config.joint:
         parts = [part("both", (row_tiles * shape.blocks + key_tiles) * heads, config.keys.warps, config.keys.stages)]
@@ -217,6 +246,18 @@ def backward_launches(shape: Shape, strides: Strides, out_strides: Strides) -> t
 
 def _rows_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _even(*tensors: Tensor) -> bool:
+    """Whether the copy engine can fetch from all of them."""
+    return all(
+        [
+            tensor.data_ptr() % 16 == 0
+            and tensor.numel() > 0
+            and all([stride * tensor.element_size() % 16 == 0 and stride > 0 for stride in tensor.stride()[:3]])
+            for tensor in tensors
+        ]
+    )
 
 
 @lru_cache(maxsize=16)
@@ -252,12 +293,12 @@ def _planned(make: Callable[..., Any], tensors: Sequence[Tensor], *rest: Any) ->
 
 def _shape(
     query: Tensor, key: Tensor, layout: tuple[int, ...], scale: float, dropout_p: float, precision: str, padded: bool,
-    apart: bool,
+    apart: bool, started: bool, even: bool,
 ) -> Shape:  # fmt: skip
     batch, heads, queries, head_dim = query.shape
     return Shape(
         layout, batch, heads, key.shape[1], queries, head_dim, query.dtype, precision, scale, dropout_p, padded, apart,
-        *_chip(query.device),
+        started, even, *_chip(query.device),
     )  # fmt: skip
 
 
@@ -280,7 +321,7 @@ def forward(
     padded = token_lengths is not None or token_starts is not None
     main, combine, chunks = _planned(
         forward_launches, (query, key, value, ck, cv, out), tuple(layout), scale, dropout_p, _precision(query.dtype),
-        padded, apart,
+        padded, apart, query_start is not None, _even(query, key, value),
     )  # fmt: skip
     parts = None
     if combine is not None:
@@ -319,7 +360,7 @@ def backward(
     padded = token_lengths is not None or token_starts is not None
     prepare, parts = _planned(
         _backward_plan, (query, key, value, ck, cv, grad_out, dq, dk, dv, dck_used, dcv_used, out), tuple(layout), scale,
-        dropout_p, _precision(query.dtype), padded, apart,
+        dropout_p, _precision(query.dtype), padded, apart, query_start is not None, _even(query, key, value, grad_out),
     )  # fmt: skip
     rows = query.new_empty(2 * lse.numel(), dtype=torch.float32)
     spans = query.new_empty(4 * query.shape[0] * query.shape[2], dtype=torch.int32)
@@ -331,6 +372,6 @@ def backward(
     for launch in parts:
         launch(
             query, key, value, ck, cv, grad_out, rows, spans, dq, dk, dv, dck_used, dcv_used, token_lengths, token_starts,
-            cache_starts, query_start, seed if dropout_p > 0.0 else None,
+            cache_starts, query_start, seed if dropout_p > 0.0 else None, query, grad_out, key, value,
         )  # fmt: skip
     return dq, dk, dv, dck, dcv

@@ -34,7 +34,13 @@ def sample_of(b, queries, layout, token_lengths, token_starts, cache_starts, que
     stale = load_or(cache_starts, b, 0)
     start = load_or(query_start, b, 0)
     ok = (end >= 0) & (end <= token_rows) & (begin >= 0) & (begin <= token_rows)
-    ok = ok & (stale >= 0) & (stale <= cache) & (start >= 0) & (start <= token_rows - queries * (query_start is not None))
+    ok = (
+        ok
+        & (stale >= 0)
+        & (stale <= cache)
+        & (start >= 0)
+        & (start <= token_rows - queries * (query_start is not None))
+    )
     end = tl.minimum(tl.maximum(end, 0), token_rows)
     begin = tl.minimum(tl.maximum(begin, 0), token_rows)
     stale = tl.minimum(tl.maximum(stale, 0), cache)
@@ -56,14 +62,15 @@ def tile_rows(tile, queries, ROWS: tl.constexpr, PACK: tl.constexpr):
 
 
 @triton.jit
-def row_pointers(base, tile, stride_n, stride_h, ROWS: tl.constexpr, PACK: tl.constexpr, WIDE: tl.constexpr):
-    """(ROWS,) pointers of a tile of packed rows, given their first head's: the tile's place in 64 bits, a row's place
-    within it, the same for every tile, in 32 where that is enough."""
+def row_pointers(base, tile, stride_n, stride_h, ROWS: tl.constexpr, PACK: tl.constexpr):
+    """(ROWS,) pointers of a tile of packed rows, given their first head's base. Worked out anew for every tile: kept
+    ones would take registers that the products need."""
     o = tl.arange(0, ROWS)
-    query, head = o // PACK, o % PACK
-    if WIDE:
-        query, head = query.to(tl.int64), head.to(tl.int64)
-    return base + tile.to(tl.int64) * (ROWS // PACK) * stride_n + (query * stride_n + head * stride_h)
+    query = tile * (ROWS // PACK) + o // PACK
+    if PACK == 1:
+        return base + query.to(tl.int64) * stride_n
+    else:
+        return base + query.to(tl.int64) * stride_n + (o % PACK).to(tl.int64) * stride_h
 
 
 @triton.jit
@@ -147,20 +154,27 @@ def store_rows(pointers, block, stays, BLOCK_D: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def key_pointers(source, start, KEYS: tl.constexpr, APART: tl.constexpr, WIDE: tl.constexpr):
-    """(KEYS,) row pointers from key ``start`` on. ``source`` is ``(base, cache base, stride, cache stride, cache)`` of
-    one head's keys or values; where APART, the first ``cache`` of them lie in a tensor of their own."""
-    base, cache_base, stride, cache_stride, cache = source
-    o_n = tl.arange(0, KEYS)
-    if APART:
-        return pointers_at(source, start + o_n, APART)
+def load_keys(
+    source, start, limit, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr, APART: tl.constexpr,
+    DESCRIBED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """(KEYS, BLOCK_D) keys or values from ``start`` on; where MASKED, some may lie at ``limit`` or beyond and are zeros.
+
+    ``source`` is ``(base, cache base, stride, cache stride, cache)`` of one head; where APART, the first ``cache`` keys
+    lie in a tensor of their own. Where DESCRIBED, it is ``(descriptor, batch, head)``: the copy engine fetches the tile, and only rows beyond
+    the tensor are zeros.
+    """
+    if DESCRIBED:
+        descriptor, b, g = source
+        return descriptor.load([b, g, start, 0]).reshape(KEYS, BLOCK_D)
     else:
-        return base + start.to(tl.int64) * stride + (o_n.to(tl.int64) * stride if WIDE else o_n * stride)
+        key = start + tl.arange(0, KEYS)
+        return load_rows(pointers_at(source, key, APART), key < limit, BLOCK_D, D, MASKED)
 
 
 @triton.jit
 def pointers_at(source, key, APART: tl.constexpr):
-    """Row pointers of any keys."""
+    """Row pointers of any keys, of a source as ``load_keys`` takes it."""
     base, cache_base, stride, cache_stride, cache = source
     if APART:
         apart = cache_base + key.to(tl.int64) * cache_stride

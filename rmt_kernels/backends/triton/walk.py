@@ -87,9 +87,7 @@ def edge_tile(i, walk):
 
 
 @triton.jit
-def _region_rows(
-    n0, n1, layout, sample, FORM: tl.constexpr, TOKENS: tl.constexpr, GAPS: tl.constexpr
-):
+def _region_rows(n0, n1, layout, sample, FORM: tl.constexpr, TOKENS: tl.constexpr, GAPS: tl.constexpr):
     """``(a, b, open_a, open_b)``: of a region's rows, [a, b) may see keys of [n0, n1), and [open_a, open_b) see all."""
     cache, read, tokens, token_rows, window = layout[0], layout[1], layout[2], layout[4], layout[5]
     rows, lo, hi, step = layout[FORM], layout[FORM + 1], layout[FORM + 2], layout[FORM + 3]

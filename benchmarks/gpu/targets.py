@@ -1,0 +1,192 @@
+"""What the Triton backend must reach, and whether it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.gpu.cases import FULL, filling
+from benchmarks.gpu.compare import sizes
+
+__all__ = ["Goal", "goals", "kernel_ratio", "records_of", "seconds"]
+
+Record = dict[str, Any]
+Results = dict[str, Any]
+
+_RATES = {  # visible TFLOP/s by (pass, head_dim), at 1k / 2k / 4k
+    ("forward", 64): (290, 340, 360),
+    ("forward", 128): (290, 340, 370),
+    ("backward", 128): (150, 220, 270),
+}
+_STRETCH = {("forward", 128): (400, 500, 550)}
+_LENGTHS = (1024, 2048, 4096)
+COPY_SHARE, SHORT_KERNEL, SHORT_CALL = 0.60, 1.3, 1.5
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A sentence with a bound, and what was measured for each case that it speaks of: ``{case: value or None}``."""
+
+    what: str
+    bound: float
+    values: dict[str, float | None]
+    at_most: bool = False
+    unit: str = "x"
+    optional: bool = False
+
+    def met(self, value: float) -> bool:
+        """Whether one value reaches the bound."""
+        return value <= self.bound if self.at_most else value >= self.bound
+
+    @property
+    def worst(self) -> tuple[str, float] | None:
+        """The case farthest from the bound, None where nothing was measured."""
+        known = [(value, case) for case, value in self.values.items() if value is not None]
+        if not known:
+            return None
+        value, case = max(known) if self.at_most else min(known)
+        return case, value
+
+    @property
+    def verdict(self) -> str:
+        """ "reached", "missed", "not measured", or "partly measured" where all that was measured reaches it."""
+        known = [value for value in self.values.values() if value is not None]
+        if not known:
+            return "not measured"
+        if not all(self.met(value) for value in known):
+            return "missed"
+        return "reached" if len(known) == len(self.values) else "partly measured"
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Cases that reach it, cases that were measured, cases."""
+        known = [value for value in self.values.values() if value is not None]
+        return sum(map(self.met, known)), len(known), len(self.values)
+
+
+def records_of(results: Results, stage: str) -> list[Record]:
+    """All records of a stage, those of repeated runs included once."""
+    items = results.get("stages", {}).get(stage, {}).get("items", {})
+    return [record for item in items.values() for record in item.get("records", [])]
+
+
+def seconds(record: Record | None, which: str = "kernel") -> float | None:
+    """The median kernel time, or with "call" and "enqueue" the host's time per call."""
+    if record is None:
+        return None
+    held = (record.get("calls") or {}) if which in ("call", "enqueue") else record
+    found = held.get(which)
+    return None if not found else float(found["median"])
+
+
+def _cases(records: Iterable[Record], which: str) -> Iterator[tuple[Record, dict[str, Record]]]:
+    """``(ours, {contestant: record})`` for each case of a pass."""
+    by_case: dict[str, dict[str, Record]] = {}
+    for record in records:
+        if record["pass"] == which:
+            by_case.setdefault(record["case"], {})[record["contestant"]] = record
+    for rows in by_case.values():
+        if "ours" in rows:
+            yield rows["ours"], rows
+
+
+def kernel_ratio(rows: dict[str, Record], names: tuple[str, ...], which: str = "kernel") -> float | None:
+    """How many times faster ours is than the fastest of ``names`` that has a time."""
+    ours = seconds(rows.get("ours"), which)
+    theirs = [time for name in names if (time := seconds(rows.get(name), which)) is not None]
+    return None if ours is None or not theirs else min(theirs) / ours
+
+
+def _name(record: Record) -> str:
+    found = record["sizes"]
+    return f"T={found['tokens']} M={record['memory_rows']} D={found['head_dim']}"
+
+
+def _expected(chosen: Callable[[Record], bool]) -> dict[str, float | None]:
+    """The cases that a target speaks of, each without a value yet."""
+    records = [{"sizes": sizes(case), "memory_rows": case.layout.write} for case in filling(FULL)]
+    return {_name(record): None for record in records if chosen(record)}
+
+
+def _ratios(
+    results: Results, stage: str, which: str, names: tuple[str, ...], chosen: Callable[[Record], bool]
+) -> dict[str, float | None]:
+    return _expected(chosen) | {
+        _name(ours): kernel_ratio(rows, names)
+        for ours, rows in _cases(records_of(results, stage), which)
+        if chosen(ours)
+    }
+
+
+def _filled(results: Results) -> Iterator[Goal]:
+    def at_most_1k(record: Record) -> bool:
+        return bool(record["sizes"]["tokens"] <= 1024)
+
+    def beyond(record: Record) -> bool:
+        return not at_most_1k(record)
+
+    def every(record: Record) -> bool:
+        return True
+
+    dense = ("dense", "dense_cudnn")
+    for which, names, chosen, bound, what in (
+        ("forward", ("flex",), at_most_1k, 1.3, "forward against FlexAttention, T ≤ 1k"),
+        ("forward", ("flex",), beyond, 1.1, "forward against FlexAttention, T > 1k"),
+        ("backward", ("flex",), every, 1.5, "backward against FlexAttention"),
+        ("forward", dense, every, 4.0, "forward against SDPA with the dense mask, its fastest form"),
+        ("backward", dense, every, 3.0, "backward against SDPA with the dense mask, its fastest form"),
+        ("forward", ("split_flash",), every, 1.0, "forward against the three-call split, flash"),
+        ("backward", ("split_flash",), every, 1.0, "backward against the three-call split, flash"),
+        ("forward", ("split_cudnn",), at_most_1k, 1.0, "forward against the three-call split, cuDNN, T ≤ 1k"),
+        ("backward", ("split_cudnn",), at_most_1k, 1.0, "backward against the three-call split, cuDNN, T ≤ 1k"),
+    ):
+        yield Goal(what, bound, _ratios(results, which, which, names, chosen))
+    for stretch, rates in ((False, _RATES), (True, _STRETCH)):
+        for (which, head_dim), wanted in rates.items():
+            for tokens, bound in zip(_LENGTHS, wanted, strict=True):
+
+                def this(record: Record, wanted: tuple[int, int] = (tokens, head_dim)) -> bool:
+                    return (record["sizes"]["tokens"], record["sizes"]["head_dim"]) == wanted
+
+                values = _expected(this) | {
+                    _name(ours): ours["tflops"] for ours, _ in _cases(records_of(results, which), which) if this(ours)
+                }
+                what = f"{'stretch: ' if stretch else ''}{which}, head_dim {head_dim}, T = {tokens}"
+                yield Goal(what, bound, values, unit=" TFLOP/s", optional=stretch)
+
+
+def _short(results: Results) -> Iterator[Goal]:
+    records = records_of(results, "short")
+    plain = ("plain_flash", "plain_cudnn", "plain")
+    values: dict[str, float | None] = {}
+    calls: dict[str, float | None] = {}
+    split: dict[str, float | None] = {}
+    for which in ("forward", "backward"):
+        for ours, rows in _cases(records, which):
+            if ours["sizes"]["tokens"] <= 1024:
+                split[f"{_name(ours)} {which}"] = kernel_ratio(rows, ("split_cudnn",))
+    for ours, rows in _cases(records, "forward"):
+        if ours["sizes"]["tokens"] == 512:
+            faster = kernel_ratio(rows, plain)
+            values[_name(ours)] = None if faster is None else 1 / faster
+            mine, theirs = seconds(ours, "enqueue"), seconds(rows.get("plain"), "enqueue")
+            calls[_name(ours)] = None if mine is None or theirs is None else mine / theirs
+    yield Goal("batch 1, T = 512: kernel time of the fastest plain causal SDPA's", SHORT_KERNEL, values, at_most=True)
+    yield Goal("batch 1, T = 512: call overhead of SDPA's (host time of a call)", SHORT_CALL, calls, at_most=True)
+    yield Goal("batch 1, T ≤ 1k: against the three-call split, cuDNN", 1.0, split)
+
+
+def _decode(results: Results) -> Iterator[Goal]:
+    shares = {
+        f"D={record['sizes']['head_dim']}": record.get("copy_share")
+        for record in records_of(results, "decode")
+        if record["contestant"] == "ours"
+    }
+    percent = {case: None if share is None else 100 * share for case, share in shares.items()}
+    yield Goal("decoding: bandwidth as a share of the copy's", 100 * COPY_SHARE, percent, unit=" %")
+
+
+def goals(results: Results) -> list[Goal]:
+    """Every target of the speed list, in its order."""
+    return [*_filled(results), *_short(results), *_decode(results)]
