@@ -1,11 +1,12 @@
 # make bench: everything measured, with a report.   make test: everything checked.   Both work from a bare clone.
+# make gpu: both, on a GPU.   make gate: the Triton kernels compiled for GPUs that need not be there.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.h csrc/*/*) CMakeLists.txt setup.py pyproject.toml requirements-dev.txt
 
-.PHONY: setup bench test test-slow lint clean
+.PHONY: setup bench gpu gate test test-slow lint clean
 
 setup: $(READY)
 
@@ -21,6 +22,13 @@ $(READY): $(VENV)/.installed $(SOURCES)
 
 bench: setup
 	$(BIN)/python -m benchmarks $(if $(FULL),--full) $(ARGS)
+
+# On a machine with a GPU, whose own PyTorch and Triton are taken: make gpu PYTHON=python3.12 ARGS="--resume"
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+gate: setup
+	$(BIN)/python -m rmt_kernels.backends.triton.gate $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

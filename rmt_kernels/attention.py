@@ -96,7 +96,7 @@ def segment_attention(
             generator).
         relative: reserved for distance-dependent scores.
         return_lse: also return the log-sum-exp of each row's scores.
-        backend: "auto", or one of "cpu", "stock", "stock_split", "stock_dense", "stock_flex", "reference".
+        backend: "auto", or one of "cpu", "triton", "stock", "stock_split", "stock_dense", "stock_flex", "reference".
 
     Returns:
         out, (batch, heads, queries, head_dim), in the dtype of ``query``; with ``return_lse=True`` also lse, (batch,
@@ -141,11 +141,19 @@ def explain(
     )  # fmt: skip
     refused: dict[str, str] = {}
     for name in _AUTO:
-        reason = _BACKENDS[name].supports(call)
+        reason = _objection(name, call)
         if reason is None:
             return Explanation(name, refused)
         refused[name] = reason
     raise AssertionError("the reference serves every call")
+
+
+def _objection(name: str, call: Call) -> str | None:
+    """Why "auto" does not choose the backend, or None."""
+    reason = _BACKENDS[name].supports(call)
+    if reason is None and name == "triton" and call.query.device.type == "cpu":
+        return "Triton's interpreter is for tests: it is chosen by name only"
+    return reason
 
 
 def _choose(call: Call, backend: str) -> str:
@@ -153,9 +161,9 @@ def _choose(call: Call, backend: str) -> str:
         raise TypeError(f"backend must be a str, got {type(backend).__name__}")
     if backend == "auto":
         for name in _AUTO:
-            if _BACKENDS[name].supports(call) is None:
-                if cpu.why_missing and name != "cpu" and not torch.compiler.is_compiling():
-                    _warn_once(name)
+            if _objection(name, call) is None:
+                if not torch.compiler.is_compiling():
+                    _warn_of_fallback(name, call.query.device)
                 return name
     if backend not in _BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(_BACKENDS)}, got {backend!r}")
@@ -165,14 +173,15 @@ def _choose(call: Call, backend: str) -> str:
     return backend
 
 
-_warned = False
+_warned: set[str] = set()
 
 
-def _warn_once(name: str) -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(f"segment_attention falls back to '{name}': {cpu.why_missing}", RuntimeWarning, stacklevel=4)
+def _warn_of_fallback(name: str, device: torch.device) -> None:
+    """Once for each kind of device: its kernels are missing, something slower runs instead."""
+    kernels, why = ("cpu", cpu.why_missing) if device.type == "cpu" else ("triton", triton.why_missing)
+    if why and name != kernels and device.type not in _warned:
+        _warned.add(device.type)
+        warnings.warn(f"segment_attention falls back to '{name}': {why}", RuntimeWarning, stacklevel=4)
 
 
 def _checked(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["backward", "forward", "register_kernels"]
+__all__ = ["Gradients", "backward", "forward", "like", "register_kernels"]
 
 _SHARED = (
     "Tensor query, Tensor key, Tensor value, Tensor? cache_key, Tensor? cache_value, Tensor? token_lengths, "
@@ -63,6 +63,7 @@ for _device in ("CPU", "CUDA"):
 
 
 def like(tensor: Tensor) -> Tensor:
+    """An empty tensor of the same shape that lies in memory as ``register_kernels`` says."""
     batch, heads, rows, head_dim = tensor.shape
     if tensor.stride(1) >= tensor.stride(2):
         return tensor.new_empty((batch, heads, rows, head_dim))

@@ -11,7 +11,10 @@ import torch
 if not torch.cuda.is_available():  # read when the kernels are defined
     os.environ["TRITON_INTERPRET"] = "1"
 
+from tests.interpreter import hasten
 from tests.suite import nan_filled_memory
+
+hasten()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

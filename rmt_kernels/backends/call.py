@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from rmt_kernels.layout import SegmentLayout
 
 __all__ = ["Call", "check_values"]
+
+_CHECK = os.environ.get("RMT_KERNELS_CHECK", "0") == "1"
 
 
 @dataclass(slots=True)
@@ -33,9 +36,10 @@ class Call:
 def check_values(call: Call) -> None:
     """Raise ValueError where a length or start is out of range. The CPU kernels check this themselves.
 
-    Skipped while compiling and away from the CPU, where looking at a value would break the graph or synchronise.
+    Skipped while compiling, where looking at a value would break the graph, and away from the CPU, where it would
+    synchronise; the environment variable RMT_KERNELS_CHECK=1 asks for it there too.
     """
-    if call.query.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (call.query.device.type != "cpu" and not _CHECK):
         return
     layout = call.layout
     limits = (

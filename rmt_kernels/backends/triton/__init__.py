@@ -1,9 +1,10 @@
-"""The Triton kernels: NVIDIA GPUs, and, for tests, Triton's interpreter on the CPU."""
+"""The Triton kernels: NVIDIA GPUs from sm_80 on, and, for tests, Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
@@ -12,12 +13,21 @@ from rmt_kernels.backends.call import Call, check_values
 
 __all__ = ["run", "supports", "why_missing"]
 
-why_missing = (
-    "" if importlib.util.find_spec("triton") else "triton is not installed; install it with: pip install triton"
-)
+why_missing = ""
+if importlib.util.find_spec("triton") is None:
+    why_missing = "triton is not installed; install it with: pip install triton"
+elif torch.version.hip is not None:
+    why_missing = "its configurations are for NVIDIA GPUs, and this PyTorch is built for AMD's"
+
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+LEAST_CAPABILITY = (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def supports(call: Call) -> str | None:
@@ -29,25 +39,39 @@ def supports(call: Call) -> str | None:
         return f"it runs on CUDA tensors, got {device}"
     if dtype not in _DTYPES:
         return f"it computes in float32, bfloat16 and float16, got {dtype}"
-    if _INTERPRETED and dtype is torch.bfloat16:
-        return "Triton's interpreter computes bfloat16 products wrongly"
     if call.query.shape[-1] > MAX_HEAD_DIM:
         return f"its largest head_dim is {MAX_HEAD_DIM}, got {call.query.shape[-1]}"
+    if _INTERPRETED:
+        return "Triton's interpreter computes bfloat16 products wrongly" if dtype is torch.bfloat16 else None
+    capability = _capability(device)
+    if capability < LEAST_CAPABILITY:
+        return f"it needs a GPU of compute capability 8.0 or later, this one has {capability[0]}.{capability[1]}"
     return None
 
 
-def _register() -> None:
+# Triton is imported with the first call that needs it, inside the operators, where torch.compile does not look.
+def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _registered().forward(*args)  # type: ignore[no-any-return]
+
+
+def _backward(*args: Any) -> ops.Gradients:
+    return _registered().backward(*args)  # type: ignore[no-any-return]
+
+
+def _registered() -> Any:
     from rmt_kernels.backends.triton import launch
 
     ops.register_kernels("triton", launch.forward, launch.backward)
+    return launch
+
+
+if not why_missing:
+    ops.register_kernels("triton", _forward, _backward)
 
 
 def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)`` by the kernels."""
-    if "triton" not in ops._FORWARD:
-        _register()
-    if _INTERPRETED:
-        check_values(call)
+    check_values(call)
     cache_key, cache_value = call.cache or (None, None)
     found: tuple[torch.Tensor, torch.Tensor] = ops.forward(
         call.query, call.key, call.value, cache_key, cache_value, call.token_lengths, call.token_starts,

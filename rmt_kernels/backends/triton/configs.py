@@ -19,6 +19,7 @@ __all__ = [
 
 SPLIT_KEYS = 512  # keys of a chunk where they are split over programs: a multiple of every tile
 _FEW, _SHORT = 16, 1024  # packed rows
+WIDTHS, KINDS, LENGTHS = (16, 32, 64, 128, 256), ("half", "tf32", "float32"), ("few", "short", "long")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Tile:
     stages: int
     descriptors: bool = False  # keys and values fetched by the copy engine (sm_90 and later) where strides allow
     specialize: bool = False  # separate warps for loads and products (sm_90 and later), instead of a loop without mask
+    programs: int = 1  # that one SM holds at once: what the compile gate demands
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """Those of a configuration."""
+        return (self,)
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,11 @@ class Backward:
     queries: Tile
     joint: bool = False
     descriptors: bool = False  # of rows in the one, of keys in the other; not with grouped heads
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """Those of a configuration."""
+        return self.keys, self.queries
 
 
 @dataclass(frozen=True)

@@ -35,22 +35,53 @@ HUGE = tl.constexpr(268435456.0)
 
 
 @triton.jit
-def unit_of(highest, scale, coarse):
+def _unit(highest, factor, coarse):
     """(rows,) what a score is multiplied by to be an exponent of 2.
 
     ``score * unit - highest * unit`` is one fused multiply-add, whose second product is rounded and whose first is
     not. Where that rounding could matter the unit is a power of two, which makes both exact.
     """
-    return tl.where(tl.abs(highest) * scale < HUGE, scale, coarse)
+    return tl.where(tl.abs(highest) * factor < HUGE, factor, coarse)
+
+
+@triton.jit
+def _weights(s, highest, higher, factor, coarse, MASKED: tl.constexpr, EXACT: tl.constexpr):
+    """2 to the power of ``(s - higher) * factor``, and of ``(highest - higher) * factor``.
+
+    EXACT subtracts first, which costs float32 kernels nothing beside their products.
+    """
+    if MASKED:
+        finite = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
+    else:
+        finite = higher
+    if EXACT:
+        return tl.math.exp2((s - finite[:, None]) * factor), tl.math.exp2((highest - finite) * factor)
+    else:
+        unit = _unit(finite, factor, coarse)
+        pivot = finite * unit
+        return tl.math.exp2(s * unit[:, None] - pivot[:, None]), tl.math.exp2(highest * unit - pivot)
+
+
+@triton.jit
+def _lse(highest, total, factor, coarse, scale, EXACT: tl.constexpr):
+    """(rows,) natural logarithm of the summed exponentials of scores times ``scale``; -inf where highest is."""
+    total = tl.log(tl.where(total == 0.0, 1.0, total))
+    if not EXACT:
+        unit = _unit(highest, factor, coarse)
+        seen = tl.where(highest == float("-inf"), 0.0, highest)
+        # What the exponents were too large by, because ``highest * unit`` was rounded.
+        total -= tl.where(unit == factor, tl.fma(seen, unit, -(seen * unit)), 0.0) * LN2
+    return highest * scale + total
 
 
 @triton.jit
 def _step(
-    acc, total, highest, q, keys, values, tile, limit, rows, draw, scale, coarse, KEYS: tl.constexpr,
+    acc, total, highest, q, keys, values, tile, limit, rows, draw, factor, coarse, KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, APART: tl.constexpr,
     DESCRIBED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: scores, softmax against the highest score so far, weighted sum of values."""
+    EXACT: tl.constexpr = q.dtype == tl.float32
     start = tile * KEYS
     key = start + tl.arange(0, KEYS)
     k = load_keys(keys, start, limit, KEYS, BLOCK_D, D, APART, DESCRIBED, MASKED)  # (KEYS, BLOCK_D)
@@ -60,12 +91,7 @@ def _step(
         visible = sees(lo[:, None], hi[:, None], gap_lo[:, None], gap_hi[:, None], key[None, :], GAPS)
         s = tl.where(visible, s, float("-inf"))
     higher = tl.maximum(highest, tl.max(s, 1))
-    unit = unit_of(higher, scale, coarse)
-    pivot = higher * unit
-    if MASKED:
-        pivot = tl.where(higher == float("-inf"), 0.0, pivot)  # a row that has seen nothing yet
-    p = tl.math.exp2(s * unit[:, None] - pivot[:, None])
-    fade = tl.math.exp2(highest * unit - pivot)
+    p, fade = _weights(s, highest, higher, factor, coarse, MASKED, EXACT)
     total = total * fade + tl.sum(p, 1)
     if DROPOUT:
         p = tl.where(kept(draw, start, KEYS), p, 0.0)
@@ -76,7 +102,7 @@ def _step(
 
 @triton.jit
 def _attend(
-    q, keys, values, rows, own, walk, limit, draw, scale, coarse, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    q, keys, values, rows, own, walk, limit, draw, factor, coarse, ROWS: tl.constexpr, KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr,
     DESCRIBED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     SPECIALIZE: tl.constexpr,
@@ -98,18 +124,18 @@ def _attend(
     if SPECIALIZE:  # the compiler splits loads and products over warps in a single loop only
         for i in tl.range(0, walk[1] - walk[0], warp_specialize=True):
             acc, total, highest = _step(
-                acc, total, highest, q, keys, values, walk[0] + i, limit, rows, draw, scale, coarse, KEYS, BLOCK_D, D,
+                acc, total, highest, q, keys, values, walk[0] + i, limit, rows, draw, factor, coarse, KEYS, BLOCK_D, D,
                 GAPS, APART, DESCRIBED, DROPOUT, PRECISION, True,
             )  # fmt: skip
     else:
         for i in range(0, open_count(walk)):
             acc, total, highest = _step(
-                acc, total, highest, q, keys, values, open_tile(i, walk), limit, rows, draw, scale, coarse, KEYS,
+                acc, total, highest, q, keys, values, open_tile(i, walk), limit, rows, draw, factor, coarse, KEYS,
                 BLOCK_D, D, GAPS, APART, DESCRIBED, DROPOUT, PRECISION, False,
             )  # fmt: skip
         for i in range(0, edge_count(walk)):
             acc, total, highest = _step(
-                acc, total, highest, q, keys, values, edge_tile(i, walk), limit, rows, draw, scale, coarse, KEYS,
+                acc, total, highest, q, keys, values, edge_tile(i, walk), limit, rows, draw, factor, coarse, KEYS,
                 BLOCK_D, D, GAPS, APART, DESCRIBED, DROPOUT, PRECISION, True,
             )  # fmt: skip
     return acc, total, highest
@@ -133,7 +159,7 @@ def forward_kernel(
     query_ptr, key_ptr, value_ptr, cache_key_ptr, cache_value_ptr, out_ptr, lse_ptr, part_ptr, token_lengths_ptr,
     token_starts_ptr, cache_starts_ptr, query_start_ptr, seed_ptr,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, ck_b, ck_h, ck_n, cv_b, cv_h, cv_n, o_b, o_h, o_n,
-    kv_heads, queries, tiles, heads, together, chunk, threshold, scale, coarse, keep_scale,
+    kv_heads, queries, tiles, heads, together, chunk, threshold, factor, coarse, scale, keep_scale,
     cache, read, tokens, write, token_rows, window, skip, rows0, lo0, hi0, step0, own0, rows1, lo1, hi1, step1, own1,
     rows2, lo2, hi2, step2, own2,
     PACK: tl.constexpr, BLOCKS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
@@ -142,7 +168,7 @@ def forward_kernel(
     SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """out (batch, heads, queries, D) and lse (batch, heads, queries); where SPLIT, their parts instead: for every row
-    of lse and every chunk of keys D sums, the pivot they are relative to (an exponent of 2), and the weights' sum."""
+    of lse and every chunk of keys D sums, the highest score, which they are relative to, and the weights' sum."""
     layout = (
         cache, read, tokens, write, token_rows, window, skip, rows0, lo0, hi0, step0, own0, rows1, lo1, hi1, step1,
         own1, rows2, lo2, hi2, step2, own2,
@@ -174,25 +200,25 @@ def forward_kernel(
     seed = load_or(seed_ptr, 0, 0)
     draw = (seed, threshold, query + sample[3], head, b)
     acc, total, highest = _attend(
-        q, keys, values, (lo, hi, gap_lo, gap_hi), own, walk, limit, draw, scale, coarse, ROWS, KEYS, BLOCK_D, D, GAPS,
+        q, keys, values, (lo, hi, gap_lo, gap_hi), own, walk, limit, draw, factor, coarse, ROWS, KEYS, BLOCK_D, D, GAPS,
         OWN, APART, DESCRIBED, DROPOUT, PRECISION, SPECIALIZE,
     )  # fmt: skip
 
     blind = (lo >= hi) & (own < 0)
     acc, total = tl.where(blind[:, None], 0.0, acc), tl.where(blind, 0.0, total)
     total = tl.where(ok, total, float("nan"))  # a sample out of range shows
-    pivot = tl.where(blind, float("-inf"), highest * unit_of(highest, scale, coarse))
+    highest = tl.where(blind, float("-inf"), highest)
     first_row = (b64 * kv_heads * BLOCKS * PACK + h64) * queries  # of lse
     row = first_row + (tl.arange(0, ROWS) % PACK) * queries + query
     if SPLIT:
         chunks = tl.num_programs(1)
         part = row * chunks + tl.program_id(1)
         store_rows(part_ptr + part * (D + 2), acc, stays, BLOCK_D, D)
-        tl.store(part_ptr + part * (D + 2) + D, pivot, mask=stays)
+        tl.store(part_ptr + part * (D + 2) + D, highest, mask=stays)
         tl.store(part_ptr + part * (D + 2) + D + 1, total, mask=stays)
     else:
         acc = acc * (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
-        lse = (pivot + tl.math.log2(tl.where(total == 0.0, 1.0, total))) * LN2
+        lse = _lse(highest, total, factor, coarse, scale, query_ptr.dtype.element_ty == tl.float32)
         pointers = row_pointers(out_ptr + b64 * o_b + h64 * o_h, tile, o_n, o_h, ROWS, PACK)
         store_rows(pointers, acc, stays, BLOCK_D, D)
         tl.store(lse_ptr + row, lse, mask=stays)
@@ -200,7 +226,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["queries", "q_heads"])
 def combine_kernel(
-    part_ptr, out_ptr, lse_ptr, o_b, o_h, o_n, q_heads, queries, keep_scale,
+    part_ptr, out_ptr, lse_ptr, o_b, o_h, o_n, q_heads, queries, factor, scale, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One row of out and lse from the parts that ``forward_kernel`` stored for it."""
@@ -208,15 +234,15 @@ def combine_kernel(
     o_c, o_d = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     stays = o_c < CHUNKS
     parts = part_ptr + (row * CHUNKS + o_c) * (D + 2)
-    pivots = tl.load(parts + D, mask=stays, other=float("-inf"))
+    highs = tl.load(parts + D, mask=stays, other=float("-inf"))
     totals = tl.load(parts + D + 1, mask=stays, other=0.0)
     sums = tl.load(parts[:, None] + o_d[None, :], mask=stays[:, None] & (o_d[None, :] < D), other=0.0)
-    highest = tl.max(pivots, 0)
-    weights = tl.math.exp2(pivots - tl.where(highest == float("-inf"), 0.0, highest))
+    highest = tl.max(highs, 0)
+    weights = tl.math.exp2((highs - tl.where(highest == float("-inf"), 0.0, highest)) * factor)
     total = tl.sum(weights * totals, 0)
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees nothing: highest is -inf
     out = tl.sum(weights[:, None] * sums, 0) * (keep_scale / total)
-    lse = (highest + tl.math.log2(total)) * LN2
+    lse = highest * scale + tl.log(total)
     query, head, b = row % queries, row // queries % q_heads, row // queries // q_heads
     pointers = out_ptr + b * o_b + head * o_h + query * o_n + o_d
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=o_d < D)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -134,9 +135,14 @@ class Shape:
         return 0 if self.scale == 0.0 else 1 if self.scale > 0.0 else -1
 
     @property
+    def size(self) -> float:
+        """The scale without its sign; 1 where it is 0, since the kernels then take queries to be 0."""
+        return abs(self.scale) or 1.0
+
+    @property
     def factor(self) -> float:
         """What makes a score, its sign aside, an exponent of 2."""
-        return abs(self.scale) * math.log2(math.e) or 1.0
+        return self.size * math.log2(math.e)
 
     @property
     def threshold(self) -> int:
@@ -174,8 +180,8 @@ def forward_launches(shape: Shape, strides: Strides, tile: Tile | None = None) -
         (tiles * heads, chunks),
         (
             *strides, shape.kv_heads, shape.queries, tiles, heads, shape.together(0.5), SPLIT_KEYS, shape.threshold,
-            shape.factor, 2.0 ** (math.frexp(shape.factor)[1] - 1), shape.keep_scale, *shape.layout, shape.pack,
-            shape.blocks, shape.head_dim, block_d, tile.rows, tile.keys, shape.gaps, shape.own, shape.apart,
+            shape.factor, 2.0 ** (math.frexp(shape.factor)[1] - 1), shape.size, shape.keep_scale, *shape.layout,
+            shape.pack, shape.blocks, shape.head_dim, block_d, tile.rows, tile.keys, shape.gaps, shape.own, shape.apart,
             described, shape.dropout_p > 0.0, shape.sign, shape.precision, chunks > 1,
             tile.specialize,
         ),
@@ -189,7 +195,7 @@ def forward_launches(shape: Shape, strides: Strides, tile: Tile | None = None) -
         fwd.combine_kernel,
         (shape.batch * shape.heads * shape.queries, 1),
         (
-            *strides[-3:], shape.heads, shape.queries, shape.keep_scale, shape.head_dim, block_d, chunks,
+            *strides[-3:], shape.heads, shape.queries, shape.factor, shape.size, shape.keep_scale, shape.head_dim, block_d, chunks,
             1 << (chunks - 1).bit_length(),
         ),
         1,
@@ -260,6 +266,16 @@ def _even(*tensors: Tensor) -> bool:
     )
 
 
+_SAME_DEVICE: AbstractContextManager[None] = nullcontext()
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _SAME_DEVICE
+    return torch.cuda.device(device)
+
+
 @lru_cache(maxsize=16)
 def _chip(device: torch.device) -> tuple[int, int]:
     """Architecture and bytes of L2 cache."""
@@ -309,30 +325,31 @@ def forward(
     layout: list[int], scale: float, dropout_p: float, relative: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator ``rmt_kernels::forward``."""
-    out = like(query)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse.fill_(float("-inf"))
-    query, key, value = _rows_last(query), _rows_last(key), _rows_last(value)
-    apart = cache_key is not None and cache_value is not None and cache_key.shape[2] > 0
-    # Without a cache of its own the keys stand in for it: the kernel then does not look there.
-    ck = _rows_last(cache_key) if apart and cache_key is not None else key
-    cv = _rows_last(cache_value) if apart and cache_value is not None else value
-    padded = token_lengths is not None or token_starts is not None
-    main, combine, chunks = _planned(
-        forward_launches, (query, key, value, ck, cv, out), tuple(layout), scale, dropout_p, _precision(query.dtype),
-        padded, apart, query_start is not None, _even(query, key, value),
-    )  # fmt: skip
-    parts = None
-    if combine is not None:
-        parts = query.new_empty(lse.numel() * chunks * (query.shape[-1] + 2), dtype=torch.float32)
-    main(
-        query, key, value, ck, cv, out, lse, parts, token_lengths, token_starts, cache_starts, query_start,
-        seed if dropout_p > 0.0 else None,
-    )  # fmt: skip
-    if combine is not None:
-        combine(parts, out, lse)
-    return out, lse
+    with _on(query.device):
+        out = like(query)
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        if out.numel() == 0:
+            return out, lse.fill_(float("-inf"))
+        query, key, value = _rows_last(query), _rows_last(key), _rows_last(value)
+        apart = cache_key is not None and cache_value is not None and cache_key.shape[2] > 0
+        # Without a cache of its own the keys stand in for it: the kernel then does not look there.
+        ck = _rows_last(cache_key) if apart and cache_key is not None else key
+        cv = _rows_last(cache_value) if apart and cache_value is not None else value
+        padded = token_lengths is not None or token_starts is not None
+        main, combine, chunks = _planned(
+            forward_launches, (query, key, value, ck, cv, out), tuple(layout), scale, dropout_p, _precision(query.dtype),
+            padded, apart, query_start is not None, _even(query, key, value),
+        )  # fmt: skip
+        parts = None
+        if combine is not None:
+            parts = query.new_empty(lse.numel() * chunks * (query.shape[-1] + 2), dtype=torch.float32)
+        main(
+            query, key, value, ck, cv, out, lse, parts, token_lengths, token_starts, cache_starts, query_start,
+            seed if dropout_p > 0.0 else None,
+        )  # fmt: skip
+        if combine is not None:
+            combine(parts, out, lse)
+        return out, lse
 
 
 def _backward_plan(shape: Shape, strides: Strides) -> tuple[Launch | None, list[Launch]]:
@@ -347,31 +364,32 @@ def backward(
     relative: str,
 ) -> Gradients:  # fmt: skip
     """The operator ``rmt_kernels::backward``."""
-    dq, dk, dv = like(query), like(key), like(value)
-    dck = query.new_empty(0) if cache_key is None else like(cache_key)
-    dcv = query.new_empty(0) if cache_value is None else like(cache_value)
-    if key.shape[0] * key.shape[1] * key.shape[3] == 0:
+    with _on(query.device):
+        dq, dk, dv = like(query), like(key), like(value)
+        dck = query.new_empty(0) if cache_key is None else like(cache_key)
+        dcv = query.new_empty(0) if cache_value is None else like(cache_value)
+        if key.shape[0] * key.shape[1] * key.shape[3] == 0:
+            return dq, dk, dv, dck, dcv
+        query, key, value, grad_out = _rows_last(query), _rows_last(key), _rows_last(value), _rows_last(grad_out)
+        apart = cache_key is not None and cache_value is not None and cache_key.shape[2] > 0
+        ck = _rows_last(cache_key) if apart and cache_key is not None else key
+        cv = _rows_last(cache_value) if apart and cache_value is not None else value
+        dck_used, dcv_used = (dck, dcv) if apart else (dk, dv)
+        padded = token_lengths is not None or token_starts is not None
+        prepare, parts = _planned(
+            _backward_plan, (query, key, value, ck, cv, grad_out, dq, dk, dv, dck_used, dcv_used, out), tuple(layout), scale,
+            dropout_p, _precision(query.dtype), padded, apart, query_start is not None, _even(query, key, value, grad_out),
+        )  # fmt: skip
+        rows = query.new_empty(2 * lse.numel(), dtype=torch.float32)
+        spans = query.new_empty(4 * query.shape[0] * query.shape[2], dtype=torch.int32)
+        if prepare is not None:
+            prepare(
+                out, grad_out, lse, grad_lse.contiguous() if grad_lse is not None else None, rows, spans, token_lengths,
+                token_starts, cache_starts, query_start,
+            )  # fmt: skip
+        for launch in parts:
+            launch(
+                query, key, value, ck, cv, grad_out, rows, spans, dq, dk, dv, dck_used, dcv_used, token_lengths, token_starts,
+                cache_starts, query_start, seed if dropout_p > 0.0 else None, query, grad_out, key, value,
+            )  # fmt: skip
         return dq, dk, dv, dck, dcv
-    query, key, value, grad_out = _rows_last(query), _rows_last(key), _rows_last(value), _rows_last(grad_out)
-    apart = cache_key is not None and cache_value is not None and cache_key.shape[2] > 0
-    ck = _rows_last(cache_key) if apart and cache_key is not None else key
-    cv = _rows_last(cache_value) if apart and cache_value is not None else value
-    dck_used, dcv_used = (dck, dcv) if apart else (dk, dv)
-    padded = token_lengths is not None or token_starts is not None
-    prepare, parts = _planned(
-        _backward_plan, (query, key, value, ck, cv, grad_out, dq, dk, dv, dck_used, dcv_used, out), tuple(layout), scale,
-        dropout_p, _precision(query.dtype), padded, apart, query_start is not None, _even(query, key, value, grad_out),
-    )  # fmt: skip
-    rows = query.new_empty(2 * lse.numel(), dtype=torch.float32)
-    spans = query.new_empty(4 * query.shape[0] * query.shape[2], dtype=torch.int32)
-    if prepare is not None:
-        prepare(
-            out, grad_out, lse, grad_lse.contiguous() if grad_lse is not None else None, rows, spans, token_lengths,
-            token_starts, cache_starts, query_start,
-        )  # fmt: skip
-    for launch in parts:
-        launch(
-            query, key, value, ck, cv, grad_out, rows, spans, dq, dk, dv, dck_used, dcv_used, token_lengths, token_starts,
-            cache_starts, query_start, seed if dropout_p > 0.0 else None, query, grad_out, key, value,
-        )  # fmt: skip
-    return dq, dk, dv, dck, dcv

@@ -1,144 +1,217 @@
 """Every kernel in every configuration of the table, as the compile gate wants them: made from the arguments that
-``launch`` would launch with, on tensors without memory."""
+``launch`` would launch with, on tensors without memory.
+
+``variants`` is what the ordinary tests compile: each row as it mostly runs, and with everything at once that a call may
+ask for. ``variants_all`` has each of these features alone and every width as well.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rmt_kernels.backends.triton import configs
-from rmt_kernels.backends.triton.configs import Backward, Row, Tile
+from rmt_kernels.backends.triton.configs import BACKWARD, FORWARD, KINDS, LENGTHS, WIDTHS, Row, Tile
 from rmt_kernels.backends.triton.launch import Launch, Shape, backward_launches, forward_launches
 from rmt_kernels.backends.triton.resources import Variant, specialize
 from rmt_kernels.layout import SegmentLayout
 
-__all__ = ["FEATURES", "variants", "variants_of"]
+__all__ = ["EVERYTHING", "PLAIN", "SINGLE", "Feature", "Use", "all_variants", "uses", "variants", "variants_of"]
 
-_DTYPES = {
-    "half": ((torch.bfloat16, "bf16"), (torch.float16, "fp16")),
-    "tf32": ((torch.float32, "tf32"),),
-    "float32": ((torch.float32, "fp32"),),
-}
-_ROWS = {"few": 4, "short": 512, "long": 2048, "any": 512}
+_DTYPES = {"half": (torch.bfloat16, torch.float16), "tf32": (torch.float32,), "float32": (torch.float32,)}
+_ROWS = {"few": 4, "short": 512, "long": 2048}  # packed rows of a call of each length
+_FEW_KEYS = 1024  # of a call with few rows: enough to be split
 _BATCH, _KV_HEADS = 2, 4
+_DROPOUT = 0.1
+
+
+def _decoder(tokens: int) -> SegmentLayout:
+    return SegmentLayout.rmt_decoder(tokens, 16)
+
+
+def _window_and_own_keys(tokens: int) -> SegmentLayout:
+    return SegmentLayout(
+        cache=100, read=16, tokens=tokens, window=100,
+        rules={("read", "read"): "self", ("tokens", "cache"): "full", ("tokens", "read"): "full",
+               ("tokens", "tokens"): "causal"},
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Feature:
-    """Something a call may ask for that adds to a kernel."""
+    """What a call asks for that adds to a kernel. ``changes`` are fields of ``launch.Shape``."""
 
     name: str
-    layout: Any  # of the number of tokens
-    changes: dict[str, Any]
-    group: int = 1
+    layout: Callable[[int], SegmentLayout] = _decoder  # of the number of tokens
+    changes: dict[str, Any] = field(default_factory=dict)
+    group: int = 1  # query heads to a key/value head
+    narrow: bool = False  # a head_dim that is no power of two
+    dropout: bool = False
 
 
-FEATURES = (
-    Feature("plain", lambda n: SegmentLayout.rmt_decoder(n, 16), {}),
-    Feature("strided", lambda n: SegmentLayout.rmt_decoder(n, 16), {"even": False}),
+PLAIN = Feature("plain")
+EVERYTHING = Feature(
+    "everything", _window_and_own_keys, {"padded": True, "apart": True, "started": True, "even": False}, group=4,
+    narrow=True, dropout=True,
+)  # fmt: skip
+SINGLE = (
     Feature("gaps", lambda n: SegmentLayout.rmt_decoder(n, 16, window=100), {"padded": True}),
-    Feature("own", lambda n: SegmentLayout.membart(n, 32), {}),
+    Feature("own", lambda n: SegmentLayout.membart(n, 32)),
     Feature("apart", lambda n: SegmentLayout.rmt_decoder(n, 16, cache=100), {"apart": True}),
-    Feature("grouped", lambda n: SegmentLayout.rmt_decoder(n, 16), {}, 4),
-    Feature("dropout", lambda n: SegmentLayout.rmt_decoder(n, 16, window=100), {"padded": True, "dropout_p": 0.1}),
+    Feature("started", changes={"started": True}),
+    Feature("strided", changes={"even": False}),
+    Feature("grouped", group=4),
+    Feature("grouped by 3", group=3),
+    Feature("grouped by 34", group=34),
+    Feature("narrow", narrow=True),
+    Feature("gaps, dropout", lambda n: SegmentLayout.rmt_decoder(n, 16, window=100), {"padded": True}, dropout=True),
 )
+
+
+@dataclass(frozen=True)
+class Use:
+    """A row of a table, with one of the lengths it serves, with or without dropout, and the widths that reach it."""
+
+    row: Row
+    length: str
+    dropout: bool
+    widths: tuple[int, ...]
+
+
+def uses(table: tuple[Row, ...], arch: int) -> list[Use]:
+    """The rows that some call on ``arch`` takes."""
+    found: dict[tuple[Row, str, bool], tuple[int, ...]] = {}
+    for width in WIDTHS:
+        for kind in KINDS:
+            for length in LENGTHS:
+                for dropout in (False, True):
+                    row = next(row for row in table if row.applies(arch, width, kind, length, dropout))
+                    found[row, length, dropout] = (*found.get((row, length, dropout), ()), width)
+    return [Use(*key, widths) for key, widths in found.items()]
 
 
 def variants(arch: int) -> Iterator[Variant]:
     """Every kernel in every row of the table that ``arch`` may use."""
-    for table in (configs.FORWARD, configs.BACKWARD):
-        for row in _reached(table, arch):
-            yield from variants_of(row, arch)
+    return _distinct(arch, _chosen)
 
 
-def _reached(table: tuple[Row, ...], arch: int) -> Iterator[Row]:
-    """The rows that some call on ``arch`` would take, each with one length and width, in order."""
+def all_variants(arch: int) -> Iterator[Variant]:
+    """Every kernel in every row of the table, with each feature alone too, in every width and every dtype."""
+    return _distinct(arch, _all)
+
+
+def _chosen(use: Use, both: bool) -> Iterator[tuple[Feature, torch.dtype, int]]:
+    dtype, *others = _DTYPES[use.row.kind]
+    if not (both and use.dropout):
+        for each in (dtype, *others):
+            yield PLAIN, each, use.widths[-1]
+    if use.dropout or not both:
+        yield EVERYTHING, dtype, use.widths[-1]
+
+
+def _all(use: Use, both: bool) -> Iterator[tuple[Feature, torch.dtype, int]]:
+    for dtype in _DTYPES[use.row.kind]:
+        for width in use.widths:
+            yield PLAIN, dtype, width
+        for feature in (EVERYTHING, *SINGLE):
+            if use.dropout or use.row.dropout is not None or not feature.dropout:
+                yield feature, dtype, use.widths[-1]
+
+
+def _distinct(
+    arch: int, wanted: Callable[[Use, bool], Iterable[tuple[Feature, torch.dtype, int]]]
+) -> Iterator[Variant]:
+    """Those of them that no earlier one compiles to the same code as."""
     seen = set()
-    for width in (16, 32, 64, 128, 256):
-        for kind in _DTYPES:
-            for length in ("few", "short", "long"):
-                for dropout in (False, True):
-                    row = next(row for row in table if row.applies(arch, width, kind, length, dropout))
-                    # A narrower head takes less than the widest one that the row serves.
-                    found = replace(row, length=length, dropout=dropout, width=row.width)
-                    if found not in seen:
-                        seen.add(found)
-                        yield found
+    for table in (FORWARD, BACKWARD):
+        found = uses(table, arch)
+        for use in found:
+            both = any(
+                other.dropout != use.dropout for other in found if (other.row, other.length) == (use.row, use.length)
+            )
+            for feature, dtype, width in wanted(use, both):
+                for variant in variants_of(use.row, arch, use.length, width, dtype, feature, use.dropout):
+                    code = (
+                        variant.fn, repr((variant.signature, variant.constexprs, variant.attrs)), variant.num_warps,
+                        variant.num_stages, variant.tensor_cores, variant.programs,
+                    )  # fmt: skip
+                    if code not in seen:
+                        seen.add(code)
+                        yield variant
 
 
-def variants_of(row: Row, arch: int) -> Iterator[Variant]:
-    """The kernels that a row of one of the tables stands for, with every feature that it has to serve."""
-    for dtype, name in _DTYPES[row.kind]:
-        for feature in FEATURES:
-            if row.dropout is not None and row.dropout != ("dropout_p" in feature.changes):
-                continue
-            yield from _made(row, arch, dtype, name, feature)
-
-
-def _made(row: Row, arch: int, dtype: torch.dtype, name: str, feature: Feature) -> Iterator[Variant]:
-    rows = _ROWS[row.length] // feature.group
-    layout = feature.layout(1024 if row.length == "few" else rows)
-    if row.length == "few":
+def variants_of(
+    row: Row, arch: int, length: str, width: int, dtype: torch.dtype, feature: Feature, dropout: bool
+) -> Iterator[Variant]:
+    """The kernels that a call of that kind launches."""
+    tf32 = row.kind == "tf32"
+    rows = max(1, _ROWS[length] // feature.group)
+    layout = feature.layout(_FEW_KEYS if length == "few" else rows)
+    if length == "few":
         layout = layout.last(rows)
-    given = {
-        "precision": "tf32" if row.kind == "tf32" else "ieee", "scale": 0.125, "dropout_p": 0.0, "padded": False,
-        "apart": False, "started": False, "even": True, **feature.changes,
-    }  # fmt: skip
+    given = {"padded": False, "apart": False, "started": False, "even": True, **feature.changes}
+    head_dim = width - width // 4 if feature.narrow else width
     shape = Shape(
         layout=layout.ints, batch=_BATCH, heads=_KV_HEADS * feature.group, kv_heads=_KV_HEADS,
-        queries=layout.num_queries, head_dim=row.width, dtype=dtype, arch=arch, l2=50 << 20, **given,
+        queries=layout.num_queries, head_dim=head_dim, dtype=dtype, precision="tf32" if tf32 else "ieee", scale=0.125,
+        dropout_p=_DROPOUT if dropout else 0.0, arch=arch, l2=50 << 20, **given,
     )  # fmt: skip
-    # Strides that are no multiples of 16 bytes make other code.
-    width = row.width if given["even"] else row.width + 1
 
-    def tensor(heads: int, length: int) -> Tensor:
-        return torch.empty(_BATCH, heads, length, width, dtype=dtype, device="meta")[..., : row.width]
+    def tensor(heads: int, length: int, stride: int) -> Tensor:
+        return torch.empty(_BATCH, heads, length, stride, dtype=dtype, device="meta")[..., :head_dim]
 
-    query, key = tensor(shape.heads, shape.queries), tensor(_KV_HEADS, shape.keys)
+    stride = head_dim
+    query, key = tensor(shape.heads, shape.queries, head_dim), tensor(_KV_HEADS, shape.keys, head_dim)
+    out, grad_key = tensor(shape.heads, shape.queries, stride), tensor(_KV_HEADS, shape.keys, stride)
     ints, floats = torch.empty(8, dtype=torch.int32, device="meta"), torch.empty(8, device="meta")
-    padding = (ints if shape.padded else None, None, None, None)
-    seed = torch.empty(1, dtype=torch.int64, device="meta") if shape.dropout_p else None
-    if isinstance(row.config, Tile):
-        main, combine, chunks = forward_launches(shape, _strides(query, key, key, key, key, query), row.config)
-        parts = floats if chunks > 1 else None
-        launches = [(main, (query, key, key, key, key, query, floats, parts, *padding, seed), f"{row.length} forward")]
-        if combine is not None:
-            launches.append((combine, (floats, query, floats), "combine"))
-    else:
-        strides = _strides(query, key, key, key, key, query, query, key, key, key, key)
-        prepare, gradients = backward_launches(shape, strides, _strides(query, query), row.config)
-        assert prepare is not None
-        launches = [(prepare, (query, query, floats, None, floats, ints, *padding), "prepare")]
-        tensors = (
-            query, key, key, key, key, query, floats, ints, query, key, key, key, key, *padding, seed, query, query,
-            key, key,
+    padding = (ints if shape.padded else None, None, None, ints if shape.started else None)
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout else None
+    names = f"{feature.name}{', dropout' if dropout and not feature.name.endswith('dropout') else ''}"
+
+    def variant(launch: Launch, arguments: tuple[Any, ...], part: str, owned: int, programs: int) -> Variant:
+        products = part not in ("prepare", "combine") and row.kind != "float32"
+        tiles = " ".join(f"{tile.rows}x{tile.keys}" for tile in row.config.tiles) if products else ""
+        # wgmma needs 64 rows of its result's tile, and of tf32 operands layouts that transposed products do not have.
+        mma = "mma" if owned < 64 or tf32 else True
+        return Variant(
+            kernel=launch.kernel.fn.__name__.removesuffix("_kernel"), fn=launch.kernel,
+            **specialize(launch.kernel, arch, *launch.described(arguments), *launch.numbers),
+            num_warps=launch.warps, num_stages=launch.stages, dtype=_NAMES[row.kind, dtype], head_dim=head_dim,
+            label=f"{part}, {tiles}, {names}" + (", copy engine" if launch.blocks else ""),
+            tensor_cores=mma if products else False, programs=programs,
         )  # fmt: skip
-        names = ["both"] if row.config.joint else ["keys", "queries"]
-        launches += [(launch, tensors, name) for launch, name in zip(gradients, names, strict=True)]
-    for launch, arguments, part in launches:
-        yield _variant(launch, arguments, part, row, arch, name, feature.name)
 
-
-def _variant(
-    launch: Launch, arguments: tuple[Any, ...], part: str, row: Row, arch: int, dtype: str, feature: str
-) -> Variant:
-    tiles = [row.config] if isinstance(row.config, Tile) else [row.config.keys, row.config.queries]
-    if part in ("keys", "queries"):
-        tiles = [tiles[part == "queries"]]
-    label = " ".join(f"{tile.rows}x{tile.keys}" for tile in tiles)
-    small = any(min(tile.rows, tile.keys) < 64 for tile in tiles)
-    products = part not in ("prepare", "combine") and row.kind != "float32"
-    return Variant(
-        kernel=launch.kernel.fn.__name__.removesuffix("_kernel"), fn=launch.kernel,
-        **specialize(launch.kernel, arch, *launch.described(arguments), *launch.numbers),
-        num_warps=launch.warps, num_stages=launch.stages, dtype=dtype, head_dim=row.width,
-        label=f"{part}, {label}, {feature}" + (", copy engine" if launch.blocks else ""),
-        tensor_cores=("mma" if small else True) if products else False,
+    if isinstance(row.config, Tile):
+        tile = row.config
+        main, combine, chunks = forward_launches(shape, _strides(query, key, key, key, key, out), tile)
+        arguments = (query, key, key, key, key, out, floats, floats if chunks > 1 else None, *padding, seed)
+        yield variant(main, arguments, f"{length} forward", tile.rows, tile.programs)
+        if combine is not None:
+            yield variant(combine, (floats, out, floats), "combine", 0, 1)
+        return
+    gradients_of = (out, grad_key, grad_key, grad_key, grad_key)
+    strides = _strides(query, key, key, key, key, query, *gradients_of)
+    prepare, gradients = backward_launches(shape, strides, _strides(out, query), row.config)
+    assert prepare is not None
+    yield variant(prepare, (out, query, floats, None, floats, ints, *padding), "prepare", 0, 1)
+    tensors = (
+        query, key, key, key, key, query, floats, ints, *gradients_of, *padding, seed, query, query, key, key,
     )  # fmt: skip
+    keys, queries = row.config.tiles
+    if row.config.joint:
+        yield variant(gradients[0], tensors, f"{length} keys and queries", min(keys.keys, queries.rows), keys.programs)
+    else:
+        yield variant(gradients[0], tensors, f"{length} keys", keys.keys, keys.programs)
+        yield variant(gradients[1], tensors, f"{length} queries", queries.rows, queries.programs)
+
+
+_NAMES = {
+    ("half", torch.bfloat16): "bf16", ("half", torch.float16): "fp16", ("tf32", torch.float32): "tf32",
+    ("float32", torch.float32): "fp32",
+}  # fmt: skip
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:

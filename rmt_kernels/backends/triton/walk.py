@@ -40,20 +40,23 @@ def key_walk(lo, hi, gap_lo, gap_hi, KEYS: tl.constexpr, GAPS: tl.constexpr):
     hole_a, hole_b, open2_a, open2_b = end, end, end, end
     first_hi = all_hi
     if GAPS:
-        # Keys that every row hides in the middle; a row without a gap hides what follows its interval.
         gapped = gap_lo < gap_hi
-        hole_lo = tl.max(tl.where(seeing, tl.where(gapped, gap_lo, hi), 0), 0)
-        hole_hi = tl.min(tl.where(seeing & gapped, gap_hi, FAR), 0)
         # Keys that some row hides in the middle.
-        some_lo = tl.min(tl.where(seeing & gapped, gap_lo, FAR), 0)
-        some_hi = tl.max(tl.where(seeing & gapped, gap_hi, 0), 0)
+        some_lo = tl.min(tl.where(gapped, gap_lo, FAR), 0)
+        some_hi = tl.max(tl.where(gapped, gap_hi, 0), 0)
+        # Keys that every row hides there. A row without a gap hides what precedes its interval and what follows it.
+        later = lo > some_lo
+        hole_lo = tl.max(tl.where(seeing, tl.where(gapped, gap_lo, tl.where(later, 0, hi)), 0), 0)
+        hole_hi = tl.min(tl.where(gapped, gap_hi, tl.where(seeing & later, lo, FAR)), 0)
         first_hi = tl.minimum(all_hi, some_lo)
         hole_a = tl.cdiv(hole_lo, KEYS)
         hole_b = hole_hi // KEYS
         open2_a = tl.where(some_lo < some_hi, tl.cdiv(tl.maximum(all_lo, some_hi), KEYS), end)
         open2_b = all_hi // KEYS
-    open1_a = _clip(tl.cdiv(all_lo, KEYS), begin, end)
-    open1_b = _clip(first_hi // KEYS, open1_a, end)
+    open1_a, open1_b = tl.cdiv(all_lo, KEYS), first_hi // KEYS
+    some = open1_a < open1_b  # an empty run comes first
+    open1_a = _clip(tl.where(some, open1_a, begin), begin, end)
+    open1_b = _clip(tl.where(some, open1_b, begin), open1_a, end)
     hole_a = _clip(hole_a, open1_b, end)
     hole_b = _clip(hole_b, hole_a, end)
     open2_a = _clip(open2_a, hole_b, end)
@@ -89,7 +92,7 @@ def edge_tile(i, walk):
 @triton.jit
 def _region_rows(n0, n1, layout, sample, FORM: tl.constexpr, TOKENS: tl.constexpr, GAPS: tl.constexpr):
     """``(a, b, open_a, open_b)``: of a region's rows, [a, b) may see keys of [n0, n1), and [open_a, open_b) see all."""
-    cache, read, tokens, token_rows, window = layout[0], layout[1], layout[2], layout[4], layout[5]
+    cache, read, tokens, window = layout[0], layout[1], layout[2], layout[5]
     rows, lo, hi, step = layout[FORM], layout[FORM + 1], layout[FORM + 2], layout[FORM + 3]
     token_begin, token_end, stale, _ = sample
     a = tl.where(step > 0, tl.maximum(n0 - hi + 1, 0), tl.where(hi > n0, 0, rows))
