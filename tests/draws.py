@@ -173,6 +173,27 @@ def _named() -> dict[str, Case]:
             f"decoding one row {kind}": replace(case, layout=decoder.decoding(), start=True, apart=True),
             f"last row {kind}": replace(case, layout=decoder.last(1)),
         }
+    # Few rows and so many keys that they are split over programs.
+    long = replace(base, batch=3, kv_heads=1, group=4, head_dim=41)
+    for kind, dtype in (("f32", F32), ("f16", F16), ("bf16", BF16)):
+        case = replace(long, dtype=dtype)
+        cases |= {
+            f"split, decoding {kind}": replace(
+                case, layout=SegmentLayout.rmt_decoder(1190, 8, cache=33).decoding(2), start=True, stale=True
+            ),
+            f"split, slots {kind}": replace(case, layout=SegmentLayout.memformer_write(1100, 3), padding="right"),
+        }
+    cases |= {
+        "split, dropout": replace(long, layout=SegmentLayout.rmt_decoder(700, 2).last(3), dropout_p=0.3, apart=True),
+        "split, window": replace(
+            long, layout=SegmentLayout.rmt_decoder(1190, 8, cache=33, window=600).decoding(), start=True, padding="left"
+        ),
+        "split, nothing seen": replace(long, layout=SegmentLayout(read=600, tokens=3, queries=("tokens",))),
+        "group of 34": replace(base, batch=1, kv_heads=1, group=34, head_dim=16, padding="left"),
+        "group of 17, decoding": replace(
+            base, batch=2, kv_heads=1, group=17, layout=decoder.decoding(), start=True, dtype=F16
+        ),
+    }
     window = SegmentLayout.rmt_decoder(130, 5, cache=65, window=1)
     no_keys = SegmentLayout(tokens=5, queries=("tokens",), keys=())
     cases |= {

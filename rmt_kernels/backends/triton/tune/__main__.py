@@ -21,7 +21,7 @@ from rmt_kernels.backends.triton import launch, tune
 from rmt_kernels.backends.triton.tune.candidates import Key, selected, trials
 from rmt_kernels.backends.triton.tune.report import printed
 from rmt_kernels.backends.triton.tune.timer import GraphTimer
-from rmt_kernels.backends.triton.tune.tuner import Tuner
+from rmt_kernels.backends.triton.tune.tuner import DeviceLostError, Tuner
 
 __all__ = ["main", "run"]
 
@@ -73,16 +73,20 @@ def run(
         begin = time.monotonic()
         if key.name in report["keys"] or deadline - begin <= longest:
             continue
+        lost = False
         try:
             report["keys"][key.name] = tuner.tune(key, deadline)
         except RuntimeError as error:
             report["keys"][key.name] = {"complete": False, "failed": str(error)}
+            lost = isinstance(error, DeviceLostError)
         longest = max(longest, time.monotonic() - begin)
         report["date"] = datetime.now(UTC).isoformat(timespec="seconds")
         if file:
             partial = file.with_name(f"{file.name}.part")
             partial.write_text(json.dumps(report, indent=1) + "\n")
             partial.replace(file)
+        if lost:
+            break
     return report
 
 

@@ -48,7 +48,8 @@ def _keys() -> Iterator[Key]:
                 yield Key(kind, width, length, backward, dropout)
 
 
-KEYS = tuple(_keys())  # in order of importance
+# In order of importance.
+KEYS = tuple(sorted(_keys(), key=lambda key: (key.kind != "half", key.length == "few" and key.backward)))
 
 
 def selected(patterns: Sequence[str]) -> list[Key]:

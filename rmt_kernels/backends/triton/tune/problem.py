@@ -96,8 +96,8 @@ class Problem:
         if isinstance(config, Tile):
             main, combine, chunks = launch.forward_launches(self.shape, _strides(q, k, v, k, v, out), config)
             parts = q.new_empty(self.lse.numel() * chunks * (self.key.width + 2), dtype=torch.float32)
-            tensors = (q, k, v, k, v, out, self.lse, parts if combine else None, *nothing, self.seed)
-            return [(main, tensors), *([(combine, (parts, out, self.lse))] if combine else [])]
+            given = (q, k, v, k, v, out, self.lse, parts if combine else None, *nothing, self.seed)
+            return [(main, given), *([(combine, (parts, out, self.lse))] if combine else [])]
         dq, dk, dv = self.grads
         strides = _strides(q, k, v, k, v, self.grad, dq, dk, dv, dk, dv)
         prepare, kernels = launch.backward_launches(self.shape, strides, _strides(out, self.grad), config)

@@ -65,6 +65,6 @@ def printed(report: Mapping[str, Any]) -> str:
             if "row" in record and f":{title.lower()}:" in name
         ]
         if rows:
-            lines.append(f"# {title}: each before the present rows of its width; later architectures first, widths ascend")
+            lines.append(f"# {title}: each before the present rows of its width; widths ascend, new architectures lead")
             lines += [row for _, row in sorted(rows, key=lambda pair: (int(pair[0][1]), pair[0]))]
     return "\n".join(lines)

@@ -22,7 +22,7 @@ from rmt_kernels.backends.triton.tune.report import row_source
 from rmt_kernels.backends.triton.tune.timer import Timer
 from rmt_kernels.backends.triton.variants import EVERYTHING, PLAIN, SINGLE, variants_of
 
-__all__ = ["Entry", "Tuner", "finalists", "ranked"]
+__all__ = ["DeviceLostError", "Entry", "Tuner", "finalists", "ranked"]
 
 _TOLERANCE = {"half": 5e-3, "tf32": 2e-3, "float32": 1e-5}  # RMS error / RMS; of gradients twice that
 _GAIN = 0.01  # a present configuration stays unless another is faster by more
@@ -31,10 +31,11 @@ _UNREACHED = "not reached in the time given"
 
 @dataclass
 class Entry:
-    """What is known of a trial: ``note`` says why it has no time, ``seconds`` are medians, one for each case."""
+    """What is known of a trial: ``note`` is what speaks against it, ``seconds`` are medians, one for each case."""
 
     trial: Trial
     note: str = ""
+    dropped: bool = False  # not timed, because of what the note says
     registers: int | None = None
     shared: int | None = None
     programs: int | None = None  # that one SM holds
@@ -51,21 +52,27 @@ def ranked(entries: Iterable[Entry], part: str = "whole") -> list[Entry]:
     return sorted((e for e in entries if e.trial.part == part and e.seconds), key=lambda entry: entry.score)
 
 
-def finalists(key: Key, entries: Sequence[Entry]) -> list[Trial]:
-    """What is worth a second measurement: the fastest, and of a backward pass the fastest parts put together."""
-    present, *others = [entry.trial for entry in entries[:1]] + [e.trial for e in ranked(entries[1:])[:5]]
-    found = [present, *others]
+def finalists(entries: Sequence[Entry]) -> list[Trial]:
+    """What is worth a second measurement: the present configuration, which comes first, the fastest others, and of a
+    backward pass the fastest parts put together, or the fastest joint ones taken apart."""
+    fast = [entry.trial.config for entry in ranked(entries[1:])[:5]]
+    found = [entries[0].trial.config, *fast]
     for copies in (False, True):
-        best = {
-            part: [e.trial.config for e in ranked(entries, part) if getattr(e.trial.config, "descriptors", 0) == copies]
+        keys, queries = (
+            [
+                config
+                for entry in ranked(entries, part)
+                if isinstance(config := entry.trial.config, Backward) and config.descriptors == copies
+            ][:2]
             for part in ("keys", "queries")
-        }
-        for keys, queries in product(best["keys"][:2], best["queries"][:2]):
-            assert isinstance(keys, Backward) and isinstance(queries, Backward)
-            found.append(Trial("whole", Backward(keys.keys, queries.queries, False, copies)))
-    joint = [t.config for t in others if isinstance(t.config, Backward) and t.config.joint][:2]
-    found += [Trial("whole", replace(config, joint=False)) for config in joint]
-    return list(dict.fromkeys(found))
+        )
+        found += [Backward(one.keys, other.queries, False, copies) for one, other in product(keys, queries)]
+    found += [replace(config, joint=False) for config in fast[:2] if isinstance(config, Backward)]
+    return [Trial("whole", config) for config in dict.fromkeys(found)]
+
+
+class DeviceLostError(RuntimeError):
+    """A candidate left the GPU in a state in which nothing runs any more."""
 
 
 @dataclass
@@ -83,16 +90,16 @@ class Tuner:
     def tune(self, key: Key, deadline: float) -> dict[str, Any]:
         """Measure a key until ``deadline`` (``time.monotonic``) at the latest; what was found, as JSON values.
 
-        Raises RuntimeError where the present configuration computes wrong results or fails.
+        Raises RuntimeError where the present configuration fails or computes wrong results, and DeviceLostError.
         """
         begin = time.monotonic()
         problems = [Problem(key, case, self.device, self.arch) for case in self.cases(key)]
         small = Problem(key, small_case(key), self.device, self.arch)
-        present = Trial("whole", key.present(self.arch))
-        try:
-            truths = [small.exact(), *(problem.results(present) for problem in problems)]
-        except Exception as error:
-            raise RuntimeError(f"{key.name}: the present configuration, {present.label}, fails: {error}") from error
+        listed = trials(key, self.arch, specialized=self.specialized)
+        present = listed[0]
+        if found := _wrong(present, [small], [small.exact()]):
+            raise RuntimeError(f"{key.name}: the present configuration, {present.label}: {found}")
+        truths = [small.exact(), *(problem.results(present) for problem in problems)]
         entries: dict[Trial, Entry] = {}
 
         def admit(wanted: Iterable[Trial], until: float) -> None:
@@ -101,11 +108,13 @@ class Tuner:
             self._compile(problems[0], new, until)
             for entry in new:
                 if not entry.note:
-                    entry.note = _wrong(entry.trial, [small, *problems], truths)
-                self.tick(entry.trial.label)
+                    entry.note = _wrong(entry.trial, [small, *problems], truths) or _spilled(entry.trial, problems)
+                entry.dropped = bool(entry.note) and entry.trial != present
+                if entry.trial in listed:
+                    self.tick(f"{key.name} {entry.trial.label}")
 
         def measure(some: Sequence[Entry], rounds: int, until: float) -> None:
-            able = [entry for entry in some if not entry.note]
+            able = [entry for entry in some if not entry.dropped]
             for entry in able:
                 entry.seconds = []
             for problem in problems:
@@ -115,13 +124,11 @@ class Tuner:
                     entry.seconds.append(median(times[entry.trial.label]))
 
         left = deadline - begin
-        admit(trials(key, self.arch, specialized=self.specialized), begin + 0.5 * left)
-        if note := entries[present].note:
-            raise RuntimeError(f"{key.name}: the present configuration, {present.label}: {note}")
+        admit(listed, begin + 0.5 * left)
         measure(list(entries.values()), 5, begin + 0.75 * left)
-        last = finalists(key, list(entries.values()))
+        last = finalists(list(entries.values()))
         admit(last, begin + 0.9 * left)
-        finals = [entries[trial] for trial in last if not entries[trial].note]
+        finals = [entries[trial] for trial in last if not entries[trial].dropped]
         measure(finals, 30, deadline)
         for entry in finals:
             entry.final = True
@@ -164,7 +171,7 @@ class Tuner:
     def _chosen(self, key: Key, present: Entry, finals: Sequence[Entry]) -> Entry:
         """The fastest that the compile gate would let pass with every feature, if it gains enough."""
         for entry in ranked(finals):
-            if entry.score > present.score * (1 - _GAIN):
+            if entry is present or (not present.note and entry.score > present.score * (1 - _GAIN)):
                 break
             broken = self._broken(key, entry.trial.config)
             if not broken:
@@ -191,24 +198,32 @@ def _bound(steps: Sequence[Step]) -> Callable[[], None]:
 
 
 def _wrong(trial: Trial, problems: Sequence[Problem], truths: Sequence[Mapping[str, Tensor]]) -> str:
-    """Why the trial cannot be timed: it fails, spills, or its results are off; empty where nothing is wrong."""
+    """Why the trial cannot be timed: it fails, or its results are off; empty where nothing is wrong."""
     for problem, truth in zip(problems, truths, strict=True):
         try:
             found = problem.results(trial)
-            spilled = sum(getattr(c, "n_spills", 0) for step, _ in problem.steps(trial) for c in step.compiled.values())
         except Exception as error:  # one candidate must not end the run
-            if problem.query.is_cuda:
-                torch.cuda.synchronize()  # raises again where the device is lost: then no later result would be true
-            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-        if spilled:
-            return f"spills {spilled} registers"
+            said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            try:
+                if problem.query.is_cuda:
+                    torch.cuda.synchronize()
+            except RuntimeError:
+                raise DeviceLostError(f"{trial.label} on {problem.case.name} broke the device: {said}") from error
+            return said
         for name, result in found.items():
-            error = result.double() - truth[name].double()
-            ratio = float(error.norm() / truth[name].double().norm())
+            true = truth[name].double()
+            ratio = float((result.double() - true).norm() / true.norm())
             allowed = _TOLERANCE[problem.key.kind] * (2 if name.startswith("grad") else 1)
             if not ratio <= allowed:  # NaN too
                 return f"WRONG on {problem.case.name}: {name}, RMS error ratio {ratio:.1e}, allowed {allowed:.1e}"
     return ""
+
+
+def _spilled(trial: Trial, problems: Sequence[Problem]) -> str:
+    """What the compiled kernels say, for architectures that the gate does not know."""
+    kernels = [kernel for problem in problems for step, _ in problem.steps(trial) for kernel in step.compiled.values()]
+    most = max((kernel.n_spills or 0 for kernel in kernels), default=0)
+    return f"spills {most} registers" if most else ""
 
 
 def _reason(chosen: Entry, present: Entry, finals: Sequence[Entry], problems: Sequence[Problem]) -> str:
@@ -221,5 +236,6 @@ def _reason(chosen: Entry, present: Entry, finals: Sequence[Entry], problems: Se
     text = f"measured {said(chosen)}"
     following = next((e for e in finals if e is not chosen and e is not present and not e.note), None)
     if following:
-        text += f"; {'next best' if following.score >= chosen.score else 'no gain from'} {following.trial.label} at {said(following)}"
+        kind = "next best" if following.score >= chosen.score else "no gain from"
+        text += f"; {kind} {following.trial.label} at {said(following)}"
     return text if chosen is present else f"{text}; before {present.trial.label} at {said(present)}"
