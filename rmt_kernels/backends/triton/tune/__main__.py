@@ -76,8 +76,8 @@ def run(
         lost = False
         try:
             report["keys"][key.name] = tuner.tune(key, deadline)
-        except RuntimeError as error:
-            report["keys"][key.name] = {"complete": False, "failed": str(error)}
+        except Exception as error:  # recorded: one key must not end the run
+            report["keys"][key.name] = {"complete": False, "failed": f"{type(error).__name__}: {error}"}
             lost = isinstance(error, DeviceLostError)
         longest = max(longest, time.monotonic() - begin)
         report["date"] = datetime.now(UTC).isoformat(timespec="seconds")
