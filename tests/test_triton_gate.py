@@ -181,6 +181,7 @@ def test_warp_specialisation_is_not_silently_left_out() -> None:
         (90, "mma", {"HMMA": 1, "HGMMA": 1}, True),
         (90, "mma", {}, False),
         (90, False, {}, True),
+        (90, False, {"HMMA": 1}, False),
         (100, True, {"UTCHMMA": 1}, True),
         (100, True, {"HMMA": 1}, True),
         (100, True, {"UTCHMMA": 1, "HMMA": 1}, True),

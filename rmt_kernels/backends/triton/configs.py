@@ -1,25 +1,29 @@
 """Which tiles a kernel uses: one table, no tuning at run time.
 
-A row is chosen by architecture, width, precision, length and dropout alone, never by batch or number of heads, so a
-sample's result does not depend on its neighbours. ``python -m rmt_kernels.backends.triton.tune`` measures a GPU and
-prints rows to put here.
+A row is chosen by architecture, width, precision, length and what a call asks for, never by batch or number of heads,
+so a sample's result does not depend on its neighbours. ``python -m rmt_kernels.backends.triton.tune`` measures a GPU
+and prints rows to put here; these were chosen by what the compile gate reports of their registers and memory.
+
+What decides: a thread has 255 registers, and spilling one inside a loop costs more than any tile gains. Rows of tiles
+come in 16 a warp (``mma``) or 64 a group of 4 warps (``wgmma``): more warps than that compute the same scores twice.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
 __all__ = [
-    "BACKWARD", "FORWARD", "SPLIT_KEYS", "Backward", "Row", "Tile", "backward_config", "forward_config", "kind",
-    "length", "padded_width", "splits",
+    "BACKWARD", "CALLS", "FORWARD", "KINDS", "LENGTHS", "SPLIT_KEYS", "WIDTHS", "Backward", "Row", "Tile",
+    "backward_config", "calls", "forward_config", "kind", "length", "padded_width", "splits",
 ]  # fmt: skip
 
 SPLIT_KEYS = 512  # keys of a chunk where they are split over programs: a multiple of every tile
 _FEW, _SHORT = 16, 1024  # packed rows
 WIDTHS, KINDS, LENGTHS = (16, 32, 64, 128, 256), ("half", "tf32", "float32"), ("few", "short", "long")
+CALLS = ("plain", "gaps", "extras")
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Tile:
     warps: int
     stages: int
     descriptors: bool = False  # keys and values fetched by the copy engine (sm_90 and later) where strides allow
-    specialize: bool = False  # separate warps for loads and products (sm_90 and later), instead of a loop without mask
+    specialize: bool = False  # 4 warps, descriptors, and others that only load (sm_90 and later); one masked loop
     programs: int = 1  # that one SM holds at once: what the compile gate demands
 
     @property
@@ -65,38 +69,118 @@ class Row:
     length: str  # "few", "short", "long" or "any"
     config: Tile | Backward
     reason: str
-    dropout: bool | None = None  # with, without, or either
+    calls: str = "any"  # "plain", "gaps" (padding or a window), "extras" (dropout, own keys, a cache apart) or "any"
 
-    def applies(self, arch: int, width: int, kind: str, length: str, dropout: bool) -> bool:
+    def applies(self, arch: int, width: int, kind: str, length: str, calls: str) -> bool:
         return (
             self.arch <= arch
             and width <= self.width
             and kind == self.kind
             and self.length in (length, "any")
-            and self.dropout in (dropout, None)
+            and self.calls in (calls, "any")
         )
 
 
+_TWICE = "8 warps compute scores of 64 rows twice; 128 rows spill"
+_DRAWS = "dropout's random numbers take the registers of half a tile"
+
 FORWARD: tuple[Row, ...] = (
-    Row(90, 64, "half", "few", Tile(16, 64, 4, 3), "bound by memory: many small programs keep many loads in flight"),
-    Row(90, 64, "half", "short", Tile(64, 64, 4, 3), "twice the programs of 128 rows; 3 of them on an SM"),
-    Row(90, 64, "half", "long", Tile(128, 64, 4, 3, descriptors=True), "two programs on an SM stand in for ping-pong"),
-    Row(90, 128, "half", "few", Tile(16, 64, 4, 3), "as for 64"),
-    Row(90, 128, "half", "short", Tile(64, 64, 4, 2), "two programs on an SM"),
-    Row(90, 128, "half", "long", Tile(128, 128, 8, 2, descriptors=True), "as for 64"),
-    Row(0, 256, "half", "any", Tile(64, 64, 4, 2), "interpreter"),
-    Row(0, 256, "float32", "any", Tile(64, 64, 4, 2), "interpreter"),
-    Row(0, 256, "tf32", "any", Tile(64, 64, 4, 2), "interpreter"),
-)
+    # few rows: bound by memory, so that many small programs keep many loads in flight
+    Row(80, 64, "half", "few", Tile(16, 64, 4, 3), "16 KiB of loads in flight a program"),
+    Row(80, 128, "half", "few", Tile(16, 64, 4, 2), "3 stages spill", "extras"),
+    Row(80, 128, "half", "few", Tile(16, 64, 4, 3), "32 KiB of loads in flight a program"),
+    Row(80, 256, "half", "few", Tile(16, 32, 4, 2), "3 stages spill", "extras"),
+    Row(80, 256, "half", "few", Tile(16, 32, 4, 3), "32 KiB of loads in flight a program"),
+    # sm_100: sums and scores lie in tensor memory
+    Row(100, 64, "half", "any", Tile(64, 64, 4, 2, programs=2), "128 rows spill", "extras"),
+    Row(100, 64, "half", "short", Tile(64, 64, 4, 3, programs=3), "twice as many programs as of 128 rows, 3 on an SM"),
+    Row(100, 64, "half", "long", Tile(128, 64, 4, 3, True, programs=2),
+        "2 programs on an SM: one's exponentials fill the other's products"),
+    Row(100, 128, "half", "any", Tile(64, 64, 8, 2), _DRAWS, "extras"),
+    Row(100, 128, "half", "short", Tile(64, 64, 4, 2, programs=2), "2 programs on an SM"),
+    Row(100, 128, "half", "long", Tile(128, 128, 8, 2, True), "128 x 64 in 4 warps spills"),
+    Row(100, 256, "half", "any", Tile(64, 32, 8, 2), _DRAWS, "extras"),
+    Row(100, 256, "half", "short", Tile(64, 32, 8, 2), "64 rows fill the chip sooner; in 4 warps they spill"),
+    Row(100, 256, "half", "long", Tile(128, 32, 8, 2), "as much as registers hold"),
+    # sm_90
+    Row(90, 64, "half", "any", Tile(64, 64, 4, 2, programs=2), "128 rows spill", "extras"),
+    Row(90, 64, "half", "short", Tile(64, 64, 4, 3, programs=3), "twice as many programs as of 128 rows, 3 on an SM"),
+    Row(90, 64, "half", "long", Tile(128, 64, 4, 3, True, programs=2),
+        "2 programs on an SM: one's exponentials fill the other's products"),
+    Row(90, 128, "half", "any", Tile(64, 32, 4, 2, programs=2), _DRAWS, "extras"),
+    Row(90, 128, "half", "short", Tile(64, 64, 4, 2, programs=2), "2 programs on an SM"),
+    Row(90, 128, "half", "long", Tile(128, 128, 8, 2, True), "128 x 64 in 4 warps spills"),
+    Row(90, 256, "half", "any", Tile(64, 32, 8, 2), _TWICE, "extras"),
+    Row(90, 256, "half", "short", Tile(64, 32, 8, 2), "64 rows fill the chip sooner; in 4 warps they spill"),
+    Row(90, 256, "half", "long", Tile(128, 32, 8, 2), "as much as registers hold"),
+    # sm_80 and later
+    Row(80, 64, "half", "any", Tile(64, 32, 4, 2, programs=2), _DRAWS, "extras"),
+    Row(80, 64, "half", "short", Tile(64, 64, 4, 3, programs=2), "twice as many programs as of 128 rows"),
+    Row(80, 64, "half", "long", Tile(128, 64, 8, 3), "in 4 warps it spills"),
+    Row(80, 128, "half", "any", Tile(32, 32, 4, 2, programs=2), _DRAWS, "extras"),
+    Row(80, 128, "half", "short", Tile(64, 32, 4, 3, programs=2), "64 x 64 in 4 warps spills"),
+    Row(80, 128, "half", "long", Tile(128, 32, 8, 3), "128 x 64 spills where rows have gaps"),
+    Row(80, 256, "half", "any", Tile(64, 32, 8, 1), _DRAWS, "extras"),
+    Row(80, 256, "half", "any", Tile(64, 32, 8, 2), "128 rows spill"),
+    # float32: few registers a product, whether by tf32 or exactly
+    Row(80, 64, "tf32", "any", Tile(32, 32, 4, 1), ""),
+    Row(80, 128, "tf32", "any", Tile(32, 32, 4, 1), ""),
+    Row(80, 256, "tf32", "any", Tile(32, 16, 8, 1), ""),
+    Row(80, 64, "float32", "any", Tile(32, 32, 4, 1), ""),
+    Row(80, 128, "float32", "any", Tile(32, 16, 4, 1), ""),
+    Row(80, 256, "float32", "any", Tile(16, 16, 4, 1), ""),
+    # the interpreter
+    Row(0, 256, "half", "any", Tile(64, 64, 4, 2), "any will do"),
+    Row(0, 256, "tf32", "any", Tile(64, 64, 4, 2), "any will do"),
+    Row(0, 256, "float32", "any", Tile(64, 64, 4, 2), "any will do"),
+)  # fmt: skip
+
+_ONE = "one launch fills the chip sooner"
+_SUMS = "the sums of 64 keys fill all registers: 32 keys, without wgmma"
+_LEAN = "the sums of 64 keys fill half the registers"
+
 BACKWARD: tuple[Row, ...] = (
-    Row(90, 64, "half", "long", Backward(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)), ""),
-    Row(90, 64, "half", "any", Backward(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), True), ""),
-    Row(90, 128, "half", "long", Backward(Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)), ""),
-    Row(90, 128, "half", "any", Backward(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), True), ""),
-    Row(0, 256, "half", "any", Backward(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), True), "interpreter"),
-    Row(0, 256, "float32", "any", Backward(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), True), "interpreter"),
-    Row(0, 256, "tf32", "any", Backward(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), True), "interpreter"),
-)
+    # sm_100
+    Row(100, 64, "half", "any", Backward(Tile(32, 64, 4, 2), Tile(64, 32, 4, 2)), _DRAWS, "extras"),
+    Row(100, 64, "half", "long", Backward(Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)), "64 x 64 spills"),
+    Row(100, 64, "half", "any", Backward(Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), True), _ONE),
+    Row(100, 128, "half", "any", Backward(Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)), _DRAWS, "extras"),
+    Row(100, 128, "half", "long", Backward(Tile(32, 128, 8, 2), Tile(64, 64, 4, 2)), "most keys that fit"),
+    Row(100, 128, "half", "any", Backward(Tile(32, 64, 4, 2), Tile(64, 32, 4, 2), True), _ONE),
+    Row(100, 256, "half", "any", Backward(Tile(16, 32, 8, 1), Tile(32, 32, 8, 1)), _DRAWS, "extras"),
+    Row(100, 256, "half", "any", Backward(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)), _SUMS),
+    # sm_90
+    Row(90, 64, "half", "any", Backward(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)), _DRAWS, "extras"),
+    Row(90, 64, "half", "long", Backward(Tile(64, 64, 4, 2, programs=2), Tile(64, 64, 4, 2, programs=3)),
+        "2 and 3 programs on an SM"),
+    Row(90, 64, "half", "any", Backward(Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), True), _ONE),
+    Row(90, 128, "half", "any", Backward(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)), _DRAWS, "extras"),
+    Row(90, 128, "half", "long", Backward(Tile(32, 128, 8, 2), Tile(64, 64, 4, 2, programs=2)), _LEAN, "plain"),
+    Row(90, 128, "half", "long", Backward(Tile(16, 64, 4, 2), Tile(64, 64, 4, 2, programs=2)), _LEAN),
+    Row(90, 128, "half", "any", Backward(Tile(16, 64, 4, 2), Tile(64, 32, 4, 2), True), _ONE),
+    Row(90, 256, "half", "any", Backward(Tile(32, 16, 8, 1), Tile(32, 32, 8, 1)), _DRAWS, "extras"),
+    Row(90, 256, "half", "any", Backward(Tile(64, 32, 8, 1), Tile(64, 32, 8, 2)), _SUMS),
+    # sm_80 and later
+    Row(80, 64, "half", "any", Backward(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)), _DRAWS, "extras"),
+    Row(80, 64, "half", "long", Backward(Tile(64, 128, 8, 2), Tile(64, 64, 4, 3)), "64 x 64 in 4 warps spills"),
+    Row(80, 64, "half", "any", Backward(Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), True), _ONE),
+    Row(80, 128, "half", "any", Backward(Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)), _DRAWS, "extras"),
+    Row(80, 128, "half", "long", Backward(Tile(64, 64, 8, 1), Tile(128, 32, 8, 2)), "128 keys spill"),
+    Row(80, 128, "half", "any", Backward(Tile(32, 64, 8, 2), Tile(64, 32, 8, 2), True), _ONE),
+    Row(80, 256, "half", "any", Backward(Tile(16, 32, 8, 1), Tile(32, 32, 8, 1)), _DRAWS, "extras"),
+    Row(80, 256, "half", "any", Backward(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)), "as much as registers hold"),
+    # float32
+    Row(80, 64, "tf32", "any", Backward(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)), ""),
+    Row(80, 128, "tf32", "any", Backward(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)), ""),
+    Row(80, 256, "tf32", "any", Backward(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)), ""),
+    Row(80, 64, "float32", "any", Backward(Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)), ""),
+    Row(80, 128, "float32", "any", Backward(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)), ""),
+    Row(80, 256, "float32", "any", Backward(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)), ""),
+    # the interpreter
+    Row(0, 256, "half", "any", Backward(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), True), "any will do"),
+    Row(0, 256, "tf32", "any", Backward(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), True), "any will do"),
+    Row(0, 256, "float32", "any", Backward(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), True), "any will do"),
+)  # fmt: skip
 
 
 def padded_width(head_dim: int) -> int:
@@ -116,30 +200,34 @@ def kind(dtype: torch.dtype, precision: str) -> str:
     return "tf32" if precision == "tf32" else "float32"
 
 
+def calls(gaps: bool, extras: bool) -> str:
+    """What kind of call it is: whether rows see intervals with gaps, and whether it asks for dropout, own keys outside
+    the interval, or a cache in tensors of its own."""
+    return "extras" if extras else "gaps" if gaps else "plain"
+
+
 def splits(rows: int, keys: int) -> int:
     """Into how many chunks the keys of a call with so many packed rows are split."""
     return max(1, -(-keys // SPLIT_KEYS)) if length(rows) == "few" else 1
 
 
-@lru_cache(maxsize=None)
-def _find(
-    table: tuple[Row, ...], arch: int, width: int, dtype: torch.dtype, precision: str, rows: int, dropout: bool
-) -> Row:
+@cache
+def _find(table: tuple[Row, ...], arch: int, width: int, kind: str, length: str, calls: str) -> Row:
     for row in table:
-        if row.applies(arch, width, kind(dtype, precision), length(rows), dropout):
+        if row.applies(arch, width, kind, length, calls):
             return row
-    raise AssertionError(f"no row for sm_{arch}, width {width}, {dtype}")
+    raise AssertionError(f"no row for sm_{arch}, width {width}, {kind}, {length}, {calls}")
 
 
-def forward_config(arch: int, width: int, dtype: torch.dtype, precision: str, rows: int, dropout: bool) -> Tile:
+def forward_config(arch: int, width: int, kind: str, length: str, calls: str) -> Tile:
     """The forward kernel's tile."""
-    config = _find(FORWARD, arch, width, dtype, precision, rows, dropout).config
+    config = _find(FORWARD, arch, width, kind, length, calls).config
     assert isinstance(config, Tile)
     return config
 
 
-def backward_config(arch: int, width: int, dtype: torch.dtype, precision: str, rows: int, dropout: bool) -> Backward:
+def backward_config(arch: int, width: int, kind: str, length: str, calls: str) -> Backward:
     """The backward kernel's tiles."""
-    config = _find(BACKWARD, arch, width, dtype, precision, rows, dropout).config
+    config = _find(BACKWARD, arch, width, kind, length, calls).config
     assert isinstance(config, Backward)
     return config

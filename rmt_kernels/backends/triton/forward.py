@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 
 from rmt_kernels.backends.triton.tiles import (
+    head_of,
     kept,
-    kept_one,
+    keys_of,
     load_keys,
     load_or,
     load_rows,
-    pointers_at,
     row_pointers,
     rows_of,
     sample_of,
@@ -21,7 +21,7 @@ from rmt_kernels.backends.triton.tiles import (
     store_rows,
     tile_rows,
 )
-from rmt_kernels.backends.triton.walk import edge_count, edge_tile, key_walk, open_count, open_tile
+from rmt_kernels.backends.triton.walk import edge_count, edge_tile, key_walk, open_count, open_tile, own_run
 
 # Sizes that change from call to call: no kernel is compiled anew for them.
 LAYOUT = (
@@ -29,6 +29,7 @@ LAYOUT = (
     "rows1", "lo1", "hi1", "step1", "own1", "rows2", "lo2", "hi2", "step2", "own2",
 )  # fmt: skip
 SIZES = (*LAYOUT, "kv_heads", "queries", "tiles", "heads", "together", "chunk", "threshold")
+STRIDES = tuple(f"{tensor}_{step}" for tensor in ("q", "k", "v", "ck", "cv", "o") for step in "bhn")
 LN2 = tl.constexpr(0.6931471805599453)
 # Beyond 2^28 float32 scores are 32 apart: a softmax over them is all or nothing, at any temperature.
 HUGE = tl.constexpr(268435456.0)
@@ -50,10 +51,9 @@ def _weights(s, highest, higher, factor, coarse, MASKED: tl.constexpr, EXACT: tl
 
     EXACT subtracts first, which costs float32 kernels nothing beside their products.
     """
+    finite = higher
     if MASKED:
         finite = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
-    else:
-        finite = higher
     if EXACT:
         return tl.math.exp2((s - finite[:, None]) * factor), tl.math.exp2((highest - finite) * factor)
     else:
@@ -75,21 +75,31 @@ def _lse(highest, total, factor, coarse, scale, EXACT: tl.constexpr):
 
 
 @triton.jit
+def visible(rows, key, MASK: tl.constexpr, GAPS: tl.constexpr):
+    """(rows, keys) which rows see which keys: of their intervals, or their own."""
+    lo, hi, gap_lo, gap_hi, own = rows
+    if MASK == "own":
+        return own[:, None] == key[None, :]
+    else:
+        return sees(lo[:, None], hi[:, None], gap_lo[:, None], gap_hi[:, None], key[None, :], GAPS)
+
+
+@triton.jit
 def _step(
     acc, total, highest, q, keys, values, tile, limit, rows, draw, factor, coarse, KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, APART: tl.constexpr,
-    DESCRIBED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    DESCRIBED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: scores, softmax against the highest score so far, weighted sum of values."""
+    """One tile of keys: scores, softmax against the highest score so far, weighted sum of values. MASK: the rows see
+    all of its keys ("none"), those of their intervals ("interval"), or their own ("own")."""
     EXACT: tl.constexpr = q.dtype == tl.float32
+    MASKED: tl.constexpr = MASK != "none"
     start = tile * KEYS
     key = start + tl.arange(0, KEYS)
     k = load_keys(keys, start, limit, KEYS, BLOCK_D, D, APART, DESCRIBED, MASKED)  # (KEYS, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (ROWS, KEYS)
     if MASKED:
-        lo, hi, gap_lo, gap_hi = rows
-        visible = sees(lo[:, None], hi[:, None], gap_lo[:, None], gap_hi[:, None], key[None, :], GAPS)
-        s = tl.where(visible, s, float("-inf"))
+        s = tl.where(visible(rows, key, MASK, GAPS), s, float("-inf"))
     higher = tl.maximum(highest, tl.max(s, 1))
     p, fade = _weights(s, highest, higher, factor, coarse, MASKED, EXACT)
     total = total * fade + tl.sum(p, 1)
@@ -102,42 +112,39 @@ def _step(
 
 @triton.jit
 def _attend(
-    q, keys, values, rows, own, walk, limit, draw, factor, coarse, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    q, keys, values, rows, walk, limit, draw, factor, coarse, ROWS: tl.constexpr, KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr,
     DESCRIBED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """``(acc, total, highest)``: values summed with weights 2^((score - highest) * unit), and the sum of the weights."""
+    """``(acc, total, highest)``: values summed with weights 2^((score - highest) * unit), and the weights' sum."""
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
-    if OWN:  # a row's own key starts its softmax
-        has = own >= 0
-        k = load_rows(pointers_at(keys, own, APART), has, BLOCK_D, D, True).to(tl.float32)
-        v = load_rows(pointers_at(values, own, APART), has, BLOCK_D, D, True).to(tl.float32)
-        highest = tl.where(has, tl.sum(q.to(tl.float32) * k, 1), float("-inf"))
-        total = tl.where(has, 1.0, 0.0)
-        if DROPOUT:
-            acc = v * tl.where(kept_one(draw, own), total, 0.0)[:, None]
-        else:
-            acc = v * total[:, None]
     if SPECIALIZE:  # the compiler splits loads and products over warps in a single loop only
         for i in tl.range(0, walk[1] - walk[0], warp_specialize=True):
             acc, total, highest = _step(
                 acc, total, highest, q, keys, values, walk[0] + i, limit, rows, draw, factor, coarse, KEYS, BLOCK_D, D,
-                GAPS, APART, DESCRIBED, DROPOUT, PRECISION, True,
+                GAPS, APART, DESCRIBED, DROPOUT, PRECISION, "interval",
             )  # fmt: skip
     else:
         for i in range(0, open_count(walk)):
             acc, total, highest = _step(
                 acc, total, highest, q, keys, values, open_tile(i, walk), limit, rows, draw, factor, coarse, KEYS,
-                BLOCK_D, D, GAPS, APART, DESCRIBED, DROPOUT, PRECISION, False,
+                BLOCK_D, D, GAPS, APART, DESCRIBED, DROPOUT, PRECISION, "none",
             )  # fmt: skip
         for i in range(0, edge_count(walk)):
             acc, total, highest = _step(
                 acc, total, highest, q, keys, values, edge_tile(i, walk), limit, rows, draw, factor, coarse, KEYS,
-                BLOCK_D, D, GAPS, APART, DESCRIBED, DROPOUT, PRECISION, True,
+                BLOCK_D, D, GAPS, APART, DESCRIBED, DROPOUT, PRECISION, "interval",
             )  # fmt: skip
+        if OWN:
+            last, start, end = own_run(rows[4], KEYS)
+            for tile in range(start, end):
+                acc, total, highest = _step(
+                    acc, total, highest, q, keys, values, tile, last, rows, draw, factor, coarse, KEYS, BLOCK_D, D,
+                    GAPS, APART, DESCRIBED, DROPOUT, PRECISION, "own",
+                )  # fmt: skip
     return acc, total, highest
 
 
@@ -154,7 +161,7 @@ def place(pid, tiles, heads, together, HEAVY_LAST: tl.constexpr):
     return tile, group * together + rest % size
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=(*SIZES, *STRIDES))
 def forward_kernel(
     query_ptr, key_ptr, value_ptr, cache_key_ptr, cache_value_ptr, out_ptr, lse_ptr, part_ptr, token_lengths_ptr,
     token_starts_ptr, cache_starts_ptr, query_start_ptr, seed_ptr,
@@ -167,8 +174,9 @@ def forward_kernel(
     DESCRIBED: tl.constexpr, DROPOUT: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """out (batch, heads, queries, D) and lse (batch, heads, queries); where SPLIT, their parts instead: for every row
-    of lse and every chunk of keys D sums, the highest score, which they are relative to, and the weights' sum."""
+    """out (batch, heads, queries, D) and lse (batch, heads, queries); where SPLIT, their parts instead, for every row
+    of lse and every chunk of keys: all sums of D values, then all highest scores, which they are relative to, then all
+    sums of weights. Where DESCRIBED, keys and values are descriptors, and where SPECIALIZE queries are one too."""
     layout = (
         cache, read, tokens, write, token_rows, window, skip, rows0, lo0, hi0, step0, own0, rows1, lo1, hi1, step1,
         own1, rows2, lo2, hi2, step2, own2,
@@ -187,20 +195,22 @@ def forward_kernel(
         own = tl.where((own >= first_key) & (own < first_key + chunk), own, -1)
     limit, walk = key_walk(lo, hi, gap_lo, gap_hi, KEYS, GAPS)
 
-    b64, g64, h64 = b.to(tl.int64), g.to(tl.int64), first_head.to(tl.int64)
-    pointers = row_pointers(query_ptr + b64 * q_b + h64 * q_h, tile, q_n, q_h, ROWS, PACK)
-    q = load_rows(pointers, stays, BLOCK_D, D, True)  # (ROWS, BLOCK_D)
+    if SPECIALIZE:
+        q = query_ptr.load([b, first_head, tile * ROWS, 0]).reshape(ROWS, BLOCK_D)
+    else:
+        pointers = row_pointers(head_of(query_ptr, b, first_head, q_b, q_h), tile, q_n, q_h, ROWS, PACK)
+        q = load_rows(pointers, stays, BLOCK_D, D, True)  # (ROWS, BLOCK_D)
     if SIGN != 1:
         q = (q.to(tl.float32) * SIGN).to(q.dtype)
     if DESCRIBED:
         keys, values = (key_ptr, b, g), (value_ptr, b, g)
     else:
-        keys = (key_ptr + b64 * k_b + g64 * k_h, cache_key_ptr + b64 * ck_b + g64 * ck_h, k_n, ck_n, cache)
-        values = (value_ptr + b64 * v_b + g64 * v_h, cache_value_ptr + b64 * cv_b + g64 * cv_h, v_n, cv_n, cache)
+        keys = keys_of(key_ptr, cache_key_ptr, b, g, k_b, k_h, k_n, ck_b, ck_h, ck_n, cache)
+        values = keys_of(value_ptr, cache_value_ptr, b, g, v_b, v_h, v_n, cv_b, cv_h, cv_n, cache)
     seed = load_or(seed_ptr, 0, 0)
     draw = (seed, threshold, query + sample[3], head, b)
     acc, total, highest = _attend(
-        q, keys, values, (lo, hi, gap_lo, gap_hi), own, walk, limit, draw, factor, coarse, ROWS, KEYS, BLOCK_D, D, GAPS,
+        q, keys, values, (lo, hi, gap_lo, gap_hi, own), walk, limit, draw, factor, coarse, ROWS, KEYS, BLOCK_D, D, GAPS,
         OWN, APART, DESCRIBED, DROPOUT, PRECISION, SPECIALIZE,
     )  # fmt: skip
 
@@ -208,35 +218,36 @@ def forward_kernel(
     acc, total = tl.where(blind[:, None], 0.0, acc), tl.where(blind, 0.0, total)
     total = tl.where(ok, total, float("nan"))  # a sample out of range shows
     highest = tl.where(blind, float("-inf"), highest)
-    first_row = (b64 * kv_heads * BLOCKS * PACK + h64) * queries  # of lse
+    first_row = (b.to(tl.int64) * kv_heads * BLOCKS * PACK + first_head) * queries  # of lse
     row = first_row + (tl.arange(0, ROWS) % PACK) * queries + query
     if SPLIT:
         chunks = tl.num_programs(1)
         part = row * chunks + tl.program_id(1)
-        store_rows(part_ptr + part * (D + 2), acc, stays, BLOCK_D, D)
-        tl.store(part_ptr + part * (D + 2) + D, highest, mask=stays)
-        tl.store(part_ptr + part * (D + 2) + D + 1, total, mask=stays)
+        parts = heads.to(tl.int64) * PACK * queries * chunks
+        store_rows(part_ptr + part * D, acc, stays, BLOCK_D, D)
+        tl.store(part_ptr + parts * D + part, highest, mask=stays)
+        tl.store(part_ptr + parts * (D + 1) + part, total, mask=stays)
     else:
         acc = acc * (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
-        lse = _lse(highest, total, factor, coarse, scale, query_ptr.dtype.element_ty == tl.float32)
-        pointers = row_pointers(out_ptr + b64 * o_b + h64 * o_h, tile, o_n, o_h, ROWS, PACK)
+        lse = _lse(highest, total, factor, coarse, scale, out_ptr.dtype.element_ty == tl.float32)
+        pointers = row_pointers(head_of(out_ptr, b, first_head, o_b, o_h), tile, o_n, o_h, ROWS, PACK)
         store_rows(pointers, acc, stays, BLOCK_D, D)
         tl.store(lse_ptr + row, lse, mask=stays)
 
 
-@triton.jit(do_not_specialize=["queries", "q_heads"])
+@triton.jit(do_not_specialize=("queries", "q_heads", "o_b", "o_h", "o_n"))
 def combine_kernel(
     part_ptr, out_ptr, lse_ptr, o_b, o_h, o_n, q_heads, queries, factor, scale, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One row of out and lse from the parts that ``forward_kernel`` stored for it."""
-    row = tl.program_id(0).to(tl.int64)
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     o_c, o_d = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     stays = o_c < CHUNKS
-    parts = part_ptr + (row * CHUNKS + o_c) * (D + 2)
-    highs = tl.load(parts + D, mask=stays, other=float("-inf"))
-    totals = tl.load(parts + D + 1, mask=stays, other=0.0)
-    sums = tl.load(parts[:, None] + o_d[None, :], mask=stays[:, None] & (o_d[None, :] < D), other=0.0)
+    part = row * CHUNKS + o_c
+    sums = load_rows(part_ptr + part * D, stays, BLOCK_D, D, True)  # (BLOCK_C, BLOCK_D)
+    highs = tl.load(part_ptr + rows * (CHUNKS * D) + part, mask=stays, other=float("-inf"))
+    totals = tl.load(part_ptr + rows * (CHUNKS * (D + 1)) + part, mask=stays, other=0.0)
     highest = tl.max(highs, 0)
     weights = tl.math.exp2((highs - tl.where(highest == float("-inf"), 0.0, highest)) * factor)
     total = tl.sum(weights * totals, 0)
@@ -244,6 +255,7 @@ def combine_kernel(
     out = tl.sum(weights[:, None] * sums, 0) * (keep_scale / total)
     lse = highest * scale + tl.log(total)
     query, head, b = row % queries, row // queries % q_heads, row // queries // q_heads
-    pointers = out_ptr + b * o_b + head * o_h + query * o_n + o_d
+    UNIT: tl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
+    pointers = head_of(out_ptr, b, head, o_b, o_h) + query * o_n * UNIT + o_d
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=o_d < D)
     tl.store(lse_ptr + row, lse)

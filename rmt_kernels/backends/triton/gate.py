@@ -77,6 +77,8 @@ def violations(variant: Variant, arch: int, used: Resources) -> tuple[str, ...]:
             found.append(f"no tensor-core instruction {' or '.join(wanted)}, only {used.tensor_ops or 'scalar ones'}")
         elif other := [name for name in used.tensor_ops if not matches(name, wanted)]:
             found.append(f"some products use {', '.join(other)} instead of {' or '.join(wanted)}: {used.tensor_ops}")
+    elif used.tensor_ops:
+        found.append(f"tensor-core instructions, where exact float32 products were promised: {used.tensor_ops}")
     if variant.warp_specialized != (used.warps > variant.num_warps):
         found.append(
             f"{used.warps} warps of {variant.num_warps} configured: "

@@ -24,7 +24,10 @@ from rmt_kernels.backends.triton.configs import (
     Backward,
     Tile,
     backward_config,
+    calls,
     forward_config,
+    kind,
+    length,
     padded_width,
     splits,
 )
@@ -35,6 +38,7 @@ __all__ = ["Launch", "Shape", "backward", "backward_launches", "forward", "forwa
 
 MAX_PACK = 16  # the smallest tile of rows
 PREPARE_ROWS = 64  # rows of a program of prepare_kernel
+UNIT = 16  # bytes: what a thread loads at once, and what the copy engine asks addresses and strides to be multiples of
 _PLANS = 4096  # kept for each pass, then all are dropped
 
 
@@ -69,12 +73,14 @@ class Launch:
         changed = list(tensors)
         for index, rows in self.blocks:
             tensor = tensors[index]
-            block = [1, 1, rows, padded_width(tensor.shape[-1])]
-            changed[index] = TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+            shape, block = list(tensor.shape), [1, 1, rows, padded_width(tensor.shape[-1])]
+            # Along a size of 1 a stride means nothing, but must be a multiple of UNIT bytes.
+            strides = [step if size > 1 else shape[-1] for size, step in zip(shape[:3], tensor.stride(), strict=False)]
+            changed[index] = TensorDescriptor(tensor, shape, [*strides, 1], block)
         return tuple(changed)
 
 
-Strides = tuple[int, ...]  # three of each tensor: batch, head, row
+Strides = tuple[int, ...]  # three of each tensor: batch, head, row; in units of UNIT bytes, 0 along a size of 1
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,6 @@ class Shape:
     padded: bool  # token_lengths or token_starts given
     apart: bool  # CACHE given as tensors of its own
     started: bool  # query_start given
-    even: bool  # addresses and strides are multiples of 16 bytes: what the copy engine asks for
     arch: int  # compute capability times 10; 0 in the interpreter
     l2: int  # bytes of cache
 
@@ -131,6 +136,16 @@ class Shape:
         return max(self.layout[11], self.layout[16], self.layout[21]) >= 0
 
     @property
+    def kind(self) -> str:
+        """Which rows of the table its products are for."""
+        return kind(self.dtype, self.precision)
+
+    @property
+    def calls(self) -> str:
+        """Which rows of the table its options are for."""
+        return calls(self.gaps, self.dropout_p > 0.0 or self.own or self.apart)
+
+    @property
     def sign(self) -> int:
         return 0 if self.scale == 0.0 else 1 if self.scale > 0.0 else -1
 
@@ -154,14 +169,24 @@ class Shape:
     def keep_scale(self) -> float:
         return 1.0 / (1.0 - self.dropout_p)
 
-    def described(self, wanted: bool) -> bool:
-        """Whether tiles are fetched through descriptors: wanted, and every tile is rows of one tensor."""
-        return wanted and self.even and not self.apart and not self.own and not self.started
+    def described(self, wanted: bool, expanded: bool) -> bool:
+        """Whether tiles are fetched through descriptors: wanted, and every tile is rows of one dense tensor."""
+        return wanted and not (expanded or self.apart or self.own or self.started)
 
     def together(self, share: float) -> int:
         """Key/value heads whose keys and values fill ``share`` of the cache."""
         size = 2 * self.keys * self.head_dim * self.dtype.itemsize
         return max(1, min(self.batch * self.kv_heads, int(self.l2 * share) // max(1, size)))
+
+
+def _expanded(shape: Shape, strides: Strides) -> bool:
+    """Whether one of the tensors of those strides repeats itself along an axis: query or grad_out, key and value."""
+    heads, rows = [shape.heads, shape.kv_heads, shape.kv_heads], [shape.queries, shape.keys, shape.keys]
+    return any(
+        stride == 0 and size > 1
+        for index in range(len(strides) // 3)
+        for stride, size in zip(strides[3 * index :], (shape.batch, heads[index], rows[index]), strict=False)
+    )
 
 
 def forward_launches(shape: Shape, strides: Strides, tile: Tile | None = None) -> tuple[Launch, Launch | None, int]:
@@ -171,10 +196,11 @@ def forward_launches(shape: Shape, strides: Strides, tile: Tile | None = None) -
     """
     block_d = padded_width(shape.head_dim)
     if tile is None:
-        tile = forward_config(shape.arch, block_d, shape.dtype, shape.precision, shape.rows, shape.dropout_p > 0.0)
+        tile = forward_config(shape.arch, block_d, shape.kind, length(shape.rows), shape.calls)
     heads, tiles = shape.batch * shape.kv_heads * shape.blocks, -(-shape.queries // (tile.rows // shape.pack))
     chunks = splits(shape.rows, shape.keys)
-    described = shape.described(tile.descriptors) and chunks == 1
+    described = shape.described(tile.descriptors, _expanded(shape, strides[:9])) and chunks == 1
+    specialize = described and tile.specialize and shape.pack == 1
     main = Launch(
         fwd.forward_kernel,
         (tiles * heads, chunks),
@@ -182,12 +208,11 @@ def forward_launches(shape: Shape, strides: Strides, tile: Tile | None = None) -
             *strides, shape.kv_heads, shape.queries, tiles, heads, shape.together(0.5), SPLIT_KEYS, shape.threshold,
             shape.factor, 2.0 ** (math.frexp(shape.factor)[1] - 1), shape.size, shape.keep_scale, *shape.layout,
             shape.pack, shape.blocks, shape.head_dim, block_d, tile.rows, tile.keys, shape.gaps, shape.own, shape.apart,
-            described, shape.dropout_p > 0.0, shape.sign, shape.precision, chunks > 1,
-            tile.specialize,
+            described, shape.dropout_p > 0.0, shape.sign, shape.precision, chunks > 1, specialize,
         ),
         tile.warps,
         tile.stages,
-        ((1, tile.keys), (2, tile.keys)) if described else (),
+        (((0, tile.rows),) if specialize else ()) + (((1, tile.keys), (2, tile.keys)) if described else ()),
     )  # fmt: skip
     if chunks == 1:
         return main, None, 1
@@ -195,8 +220,8 @@ def forward_launches(shape: Shape, strides: Strides, tile: Tile | None = None) -
         fwd.combine_kernel,
         (shape.batch * shape.heads * shape.queries, 1),
         (
-            *strides[-3:], shape.heads, shape.queries, shape.factor, shape.size, shape.keep_scale, shape.head_dim, block_d, chunks,
-            1 << (chunks - 1).bit_length(),
+            *strides[-3:], shape.heads, shape.queries, shape.factor, shape.size, shape.keep_scale, shape.head_dim,
+            block_d, chunks, 1 << (chunks - 1).bit_length(),
         ),
         1,
         1,
@@ -214,9 +239,10 @@ def backward_launches(
     """
     block_d = padded_width(shape.head_dim)
     if config is None:
-        config = backward_config(shape.arch, block_d, shape.dtype, shape.precision, shape.rows, shape.dropout_p > 0.0)
+        config = backward_config(shape.arch, block_d, shape.kind, length(shape.rows), shape.calls)
     heads = shape.batch * shape.kv_heads
-    described = shape.described(config.descriptors) and shape.pack == 1
+    read = _expanded(shape, strides[:9]) or _expanded(shape, strides[15:18])
+    described = shape.described(config.descriptors, read) and shape.pack == 1
     row_tiles = -(-shape.queries // (config.queries.rows // shape.pack))
     key_tiles = -(-shape.keys // config.keys.keys)
 
@@ -250,20 +276,58 @@ def backward_launches(
 # -- the operators -----------------------------------------------------------------------------------------------------
 
 
-def _rows_last(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+def _strides(tensor: Tensor) -> Strides | None:
+    """The tensor's strides as the kernels take them; None where its rows are not all aligned vectors of UNIT bytes."""
+    size = tensor.element_size()
+    shape, strides = tensor.shape, tensor.stride()
+    if (tensor.data_ptr() | shape[3] * size) % UNIT or (strides[3] != 1 and shape[3] > 1):
+        return None
+    found = [0, 0, 0]
+    for axis in range(3):
+        if shape[axis] > 1:
+            found[axis], rest = divmod(strides[axis] * size, UNIT)
+            if rest:
+                return None
+    return tuple(found)
 
 
-def _even(*tensors: Tensor) -> bool:
-    """Whether the copy engine can fetch from all of them."""
-    return all(
-        [
-            tensor.data_ptr() % 16 == 0
-            and tensor.numel() > 0
-            and all([stride * tensor.element_size() % 16 == 0 and stride > 0 for stride in tensor.stride()[:3]])
-            for tensor in tensors
-        ]
-    )
+def _room(tensor: Tensor) -> Tensor:
+    """As the tensor, with zeros, and rows that are whole vectors."""
+    unit = UNIT // tensor.element_size()
+    return tensor.new_zeros(*tensor.shape[:3], -(-tensor.shape[3] // unit) * unit)
+
+
+class _Tensors:
+    """The tensors that a kernel reads and writes: as given, or stand-ins where their rows are not aligned.
+
+    Where one row's width is no multiple of UNIT bytes, none is: then every tensor has a stand-in, with zeros added to
+    each row, which change no result.
+    """
+
+    def __init__(self, read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+        strides: list[int] = []
+        self.used: list[Tensor] = []
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # by the given one's id: one may be given twice
+        for index, tensor in enumerate((*read, *written)):
+            used, found = tensor, _strides(tensor)
+            if found is None:
+                _, used = self._copies.get(id(tensor)) or (tensor, _room(tensor))
+                found = _strides(used)
+                assert found is not None
+                if id(tensor) not in self._copies:
+                    self._copies[id(tensor)] = tensor, used
+                    if index < len(read):
+                        used[..., : tensor.shape[3]].copy_(tensor)
+            strides += found
+            self.used.append(used)
+        self.strides = tuple(strides)
+        self._written = {id(tensor) for tensor in written}
+
+    def finish(self) -> None:
+        """Copy results from their stand-ins."""
+        for name, (given, used) in self._copies.items():
+            if name in self._written:
+                given.copy_(used[..., : given.shape[3]])
 
 
 _SAME_DEVICE: AbstractContextManager[None] = nullcontext()
@@ -294,10 +358,8 @@ def _precision(dtype: torch.dtype) -> str:
 _plans: dict[tuple[Any, ...], Any] = {}
 
 
-def _planned(make: Callable[..., Any], tensors: Sequence[Tensor], *rest: Any) -> Any:
-    """``make``'s launches, kept by everything that they follow from. ``tensors`` begin with query and key."""
-    strides = tuple([number for tensor in tensors for number in tensor.stride()[:3]])
-    query, key = tensors[0], tensors[1]
+def _planned(make: Callable[..., Any], query: Tensor, key: Tensor, strides: Strides, *rest: Any) -> Any:
+    """``make``'s launches, kept by everything that they follow from."""
     identity = (make, query.shape, key.shape[1], query.dtype, query.device, strides, *rest)
     found = _plans.get(identity)
     if found is None:
@@ -309,12 +371,12 @@ def _planned(make: Callable[..., Any], tensors: Sequence[Tensor], *rest: Any) ->
 
 def _shape(
     query: Tensor, key: Tensor, layout: tuple[int, ...], scale: float, dropout_p: float, precision: str, padded: bool,
-    apart: bool, started: bool, even: bool,
+    apart: bool, started: bool,
 ) -> Shape:  # fmt: skip
     batch, heads, queries, head_dim = query.shape
     return Shape(
         layout, batch, heads, key.shape[1], queries, head_dim, query.dtype, precision, scale, dropout_p, padded, apart,
-        started, even, *_chip(query.device),
+        started, *_chip(query.device),
     )  # fmt: skip
 
 
@@ -330,30 +392,37 @@ def forward(
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         if out.numel() == 0:
             return out, lse.fill_(float("-inf"))
-        query, key, value = _rows_last(query), _rows_last(key), _rows_last(value)
-        apart = cache_key is not None and cache_value is not None and cache_key.shape[2] > 0
+        caches = _caches(cache_key, cache_value)
         # Without a cache of its own the keys stand in for it: the kernel then does not look there.
-        ck = _rows_last(cache_key) if apart and cache_key is not None else key
-        cv = _rows_last(cache_value) if apart and cache_value is not None else value
-        padded = token_lengths is not None or token_starts is not None
+        tensors = _Tensors((query, key, value, *(caches or (key, value))), (out,))
         main, combine, chunks = _planned(
-            forward_launches, (query, key, value, ck, cv, out), tuple(layout), scale, dropout_p, _precision(query.dtype),
-            padded, apart, query_start is not None, _even(query, key, value),
+            forward_launches, tensors.used[0], tensors.used[1], tensors.strides, tuple(layout), scale, dropout_p,
+            _precision(query.dtype), token_lengths is not None or token_starts is not None, caches is not None,
+            query_start is not None,
         )  # fmt: skip
         parts = None
         if combine is not None:
-            parts = query.new_empty(lse.numel() * chunks * (query.shape[-1] + 2), dtype=torch.float32)
+            parts = query.new_empty(lse.numel() * chunks * (tensors.used[0].shape[3] + 2), dtype=torch.float32)
         main(
-            query, key, value, ck, cv, out, lse, parts, token_lengths, token_starts, cache_starts, query_start,
+            *tensors.used, lse, parts, token_lengths, token_starts, cache_starts, query_start,
             seed if dropout_p > 0.0 else None,
         )  # fmt: skip
         if combine is not None:
-            combine(parts, out, lse)
+            combine(parts, tensors.used[5], lse)
+        tensors.finish()
         return out, lse
 
 
+def _caches(cache_key: Tensor | None, cache_value: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """CACHE's tensors, where they are given and not empty."""
+    if cache_key is None or cache_value is None or cache_key.shape[2] == 0:
+        return None
+    return cache_key, cache_value
+
+
 def _backward_plan(shape: Shape, strides: Strides) -> tuple[Launch | None, list[Launch]]:
-    return backward_launches(shape, strides[:-3], (*strides[-3:], *strides[15:18]))
+    """``strides`` are those of query, key, value, cache key, cache value, grad_out, out, and five gradients."""
+    return backward_launches(shape, (*strides[:18], *strides[21:]), (*strides[18:21], *strides[15:18]))
 
 
 def backward(
@@ -370,26 +439,27 @@ def backward(
         dcv = query.new_empty(0) if cache_value is None else like(cache_value)
         if key.shape[0] * key.shape[1] * key.shape[3] == 0:
             return dq, dk, dv, dck, dcv
-        query, key, value, grad_out = _rows_last(query), _rows_last(key), _rows_last(value), _rows_last(grad_out)
-        apart = cache_key is not None and cache_value is not None and cache_key.shape[2] > 0
-        ck = _rows_last(cache_key) if apart and cache_key is not None else key
-        cv = _rows_last(cache_value) if apart and cache_value is not None else value
-        dck_used, dcv_used = (dck, dcv) if apart else (dk, dv)
-        padded = token_lengths is not None or token_starts is not None
+        caches = _caches(cache_key, cache_value)
+        tensors = _Tensors(
+            (query, key, value, *(caches or (key, value)), grad_out, out),
+            (dq, dk, dv, *((dck, dcv) if caches else (dk, dv))),
+        )
+        given, out, gradients = tensors.used[:6], tensors.used[6], tensors.used[7:]
         prepare, parts = _planned(
-            _backward_plan, (query, key, value, ck, cv, grad_out, dq, dk, dv, dck_used, dcv_used, out), tuple(layout), scale,
-            dropout_p, _precision(query.dtype), padded, apart, query_start is not None, _even(query, key, value, grad_out),
+            _backward_plan, given[0], given[1], tensors.strides, tuple(layout), scale, dropout_p,
+            _precision(query.dtype), token_lengths is not None or token_starts is not None, caches is not None,
+            query_start is not None,
         )  # fmt: skip
         rows = query.new_empty(2 * lse.numel(), dtype=torch.float32)
         spans = query.new_empty(4 * query.shape[0] * query.shape[2], dtype=torch.int32)
+        samples = (token_lengths, token_starts, cache_starts, query_start)
         if prepare is not None:
-            prepare(
-                out, grad_out, lse, grad_lse.contiguous() if grad_lse is not None else None, rows, spans, token_lengths,
-                token_starts, cache_starts, query_start,
-            )  # fmt: skip
+            grad_lse = None if grad_lse is None else grad_lse.contiguous()
+            prepare(out, given[5], lse, grad_lse, rows, spans, *samples)
         for launch in parts:
             launch(
-                query, key, value, ck, cv, grad_out, rows, spans, dq, dk, dv, dck_used, dcv_used, token_lengths, token_starts,
-                cache_starts, query_start, seed if dropout_p > 0.0 else None, query, grad_out, key, value,
+                *given, rows, spans, *gradients, *samples, seed if dropout_p > 0.0 else None, given[0], given[5],
+                given[1], given[2],
             )  # fmt: skip
+        tensors.finish()
         return dq, dk, dv, dck, dcv

@@ -34,7 +34,7 @@ class Variant:
     ``signature``, ``constexprs`` and ``attrs`` are as ``ASTSource`` takes them; ``specialize`` makes them from the
     arguments of a launch. ``programs`` is how many of them one SM must hold at once. ``tensor_cores`` is True where the
     architecture's own instructions must appear (sm_80 ``mma``, sm_90 ``wgmma``, sm_100 ``tcgen05`` or ``mma``),
-    ``"mma"`` where the older ``mma`` will do (tiles too small for ``wgmma``), False where none is asked for.
+    ``"mma"`` where the older ``mma`` will do (tiles too small for ``wgmma``), False where none may appear.
     ``warp_specialized`` promises warps beyond ``num_warps`` for the loads: Triton ignores the wish where it cannot.
     """
 

@@ -62,15 +62,35 @@ def tile_rows(tile, queries, ROWS: tl.constexpr, PACK: tl.constexpr):
 
 
 @triton.jit
+def head_of(base, b, h, stride_b, stride_h):
+    """The address of a sample's head. Strides count units of 16 bytes here and below: the compiler then knows that rows
+    can be loaded in vectors, whatever their strides."""
+    UNIT: tl.constexpr = 128 // base.dtype.element_ty.primitive_bitwidth
+    return base + (b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h) * UNIT
+
+
+@triton.jit
 def row_pointers(base, tile, stride_n, stride_h, ROWS: tl.constexpr, PACK: tl.constexpr):
-    """(ROWS,) pointers of a tile of packed rows, given their first head's base. Worked out anew for every tile: kept
+    """(ROWS,) pointers of a tile of packed rows, given their first head's address. Worked out anew for every tile: kept
     ones would take registers that the products need."""
+    UNIT: tl.constexpr = 128 // base.dtype.element_ty.primitive_bitwidth
     o = tl.arange(0, ROWS)
     query = tile * (ROWS // PACK) + o // PACK
     if PACK == 1:
-        return base + query.to(tl.int64) * stride_n
+        return base + query.to(tl.int64) * (stride_n * UNIT)
     else:
-        return base + query.to(tl.int64) * stride_n + (o % PACK).to(tl.int64) * stride_h
+        return base + query.to(tl.int64) * (stride_n * UNIT) + (o % PACK).to(tl.int64) * (stride_h * UNIT)
+
+
+@triton.jit
+def row_numbers(base, tile, size, ROWS: tl.constexpr, PACK: tl.constexpr):
+    """(ROWS,) pointers to one number for each of a tile of packed rows, in (heads, size), from the first head's on."""
+    o = tl.arange(0, ROWS)
+    query = tile * (ROWS // PACK) + o // PACK
+    if PACK == 1:
+        return base + query.to(tl.int64)
+    else:
+        return base + query.to(tl.int64) + (o % PACK).to(tl.int64) * size
 
 
 @triton.jit
@@ -79,7 +99,7 @@ def rows_of(query, stays, layout, sample, GAPS: tl.constexpr, OWN: tl.constexpr)
 
     A row that sees no interval, or does not stay, has lo = hi = 0.
     """
-    cache, read, tokens, write, token_rows, window = layout[0], layout[1], layout[2], layout[3], layout[4], layout[5]
+    cache, read, tokens, window = layout[0], layout[1], layout[2], layout[5]
     begin, end, stale, first = sample
     row = query + first  # in the layout
     is_read = row < layout[7]
@@ -154,15 +174,23 @@ def store_rows(pointers, block, stays, BLOCK_D: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def keys_of(base, cache_base, b, g, stride_b, stride_h, stride_n, cache_b, cache_h, cache_n, cache):
+    """One head's keys, values or their gradients, as ``load_keys`` and ``pointers_at`` take them: the first ``cache``
+    of them may lie in a tensor of their own."""
+    return (
+        head_of(base, b, g, stride_b, stride_h), head_of(cache_base, b, g, cache_b, cache_h), stride_n, cache_n, cache
+    )  # fmt: skip
+
+
+@triton.jit
 def load_keys(
     source, start, limit, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr, APART: tl.constexpr,
     DESCRIBED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(KEYS, BLOCK_D) keys or values from ``start`` on; where MASKED, some may lie at ``limit`` or beyond and are zeros.
+    """(KEYS, BLOCK_D) keys or values from ``start`` on; where MASKED, those at ``limit`` or beyond are zeros.
 
-    ``source`` is ``(base, cache base, stride, cache stride, cache)`` of one head; where APART, the first ``cache`` keys
-    lie in a tensor of their own. Where DESCRIBED, it is ``(descriptor, batch, head)``: the copy engine fetches the tile, and only rows beyond
-    the tensor are zeros.
+    ``source`` is of ``keys_of`` or, where DESCRIBED, ``(descriptor, batch, head)``: the copy engine fetches the tile,
+    and only rows beyond the tensor are zeros.
     """
     if DESCRIBED:
         descriptor, b, g = source
@@ -174,13 +202,15 @@ def load_keys(
 
 @triton.jit
 def pointers_at(source, key, APART: tl.constexpr):
-    """Row pointers of any keys, of a source as ``load_keys`` takes it."""
+    """Row pointers of any keys. Where APART, the cache's lie in a tensor of their own."""
     base, cache_base, stride, cache_stride, cache = source
+    UNIT: tl.constexpr = 128 // base.dtype.element_ty.primitive_bitwidth
     if APART:
-        apart = cache_base + key.to(tl.int64) * cache_stride
-        return tl.where(key < cache, apart, base + (key - cache).to(tl.int64) * stride)
+        cached = key < cache
+        first = tl.where(cached, cache_base, base - cache.to(tl.int64) * (stride * UNIT))
+        return first + key.to(tl.int64) * tl.where(cached, cache_stride * UNIT, stride * UNIT)
     else:
-        return base + key.to(tl.int64) * stride
+        return base + key.to(tl.int64) * (stride * UNIT)
 
 
 @triton.jit
@@ -197,13 +227,3 @@ def kept(draw, start, KEYS: tl.constexpr):
     even = tl.interleave((w0 >= least).to(tl.int8), (w2 >= least).to(tl.int8))
     odd = tl.interleave((w1 >= least).to(tl.int8), (w3 >= least).to(tl.int8))
     return tl.interleave(even, odd) != 0
-
-
-@triton.jit
-def kept_one(draw, key):
-    """(rows,) whether each row's probability for one key survives dropout."""
-    seed, threshold, row, head, b = draw
-    w0, w1, w2, w3 = tl.philox(seed, key // 4, row, head, tl.zeros_like(row) + b)
-    lane = key % 4
-    word = tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3)))
-    return word >= threshold.to(tl.uint32, bitcast=True)

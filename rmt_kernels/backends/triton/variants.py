@@ -1,8 +1,8 @@
 """Every kernel in every configuration of the table, as the compile gate wants them: made from the arguments that
 ``launch`` would launch with, on tensors without memory.
 
-``variants`` is what the ordinary tests compile: each row as it mostly runs, and with everything at once that a call may
-ask for. ``variants_all`` has each of these features alone and every width as well.
+``variants`` is what the ordinary tests compile: each row for float16 and bfloat16 as it mostly runs, and with
+everything at once that a call may ask for. ``all_variants`` has each of these features alone, every width and float32.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmt_kernels.backends.triton.configs import BACKWARD, FORWARD, KINDS, LENGTHS, WIDTHS, Row, Tile
-from rmt_kernels.backends.triton.launch import Launch, Shape, backward_launches, forward_launches
+from rmt_kernels.backends.triton.configs import BACKWARD, CALLS, FORWARD, KINDS, LENGTHS, WIDTHS, Row, Tile
+from rmt_kernels.backends.triton.launch import UNIT, Launch, Shape, backward_launches, forward_launches
 from rmt_kernels.backends.triton.resources import Variant, specialize
 from rmt_kernels.layout import SegmentLayout
 
-__all__ = ["EVERYTHING", "PLAIN", "SINGLE", "Feature", "Use", "all_variants", "uses", "variants", "variants_of"]
+__all__ = ["FEATURES", "Feature", "Use", "all_variants", "uses", "variants", "variants_of"]
 
 _DTYPES = {"half": (torch.bfloat16, torch.float16), "tf32": (torch.float32,), "float32": (torch.float32,)}
 _ROWS = {"few": 4, "short": 512, "long": 2048}  # packed rows of a call of each length
@@ -52,50 +52,62 @@ class Feature:
     dropout: bool = False
 
 
-PLAIN = Feature("plain")
-EVERYTHING = Feature(
-    "everything", _window_and_own_keys, {"padded": True, "apart": True, "started": True, "even": False}, group=4,
-    narrow=True, dropout=True,
-)  # fmt: skip
-SINGLE = (
-    Feature("gaps", lambda n: SegmentLayout.rmt_decoder(n, 16, window=100), {"padded": True}),
-    Feature("own", lambda n: SegmentLayout.membart(n, 32)),
-    Feature("apart", lambda n: SegmentLayout.rmt_decoder(n, 16, cache=100), {"apart": True}),
-    Feature("started", changes={"started": True}),
-    Feature("strided", changes={"even": False}),
-    Feature("grouped", group=4),
-    Feature("grouped by 3", group=3),
-    Feature("grouped by 34", group=34),
-    Feature("narrow", narrow=True),
-    Feature("gaps, dropout", lambda n: SegmentLayout.rmt_decoder(n, 16, window=100), {"padded": True}, dropout=True),
-)
+def _window(tokens: int) -> SegmentLayout:
+    return SegmentLayout.rmt_decoder(tokens, 16, window=100)
+
+
+# By the calls of ``configs.CALLS``, the ordinary one first, then everything at once that such a call may ask for.
+_MOST: dict[str, Any] = {"group": 4, "narrow": True}
+FEATURES = {
+    "plain": (
+        Feature("plain"),
+        Feature("all of it", changes={"started": True}, **_MOST),
+        Feature("started", changes={"started": True}),
+        Feature("grouped by 3", group=3),
+        Feature("grouped by 34", group=34),
+        Feature("narrow", narrow=True),
+    ),
+    "gaps": (
+        Feature("gaps", _window, {"padded": True}),
+        Feature("gaps and all of it", _window, {"padded": True, "started": True}, **_MOST),
+    ),
+    "extras": (
+        Feature("dropout", dropout=True),
+        Feature("everything", _window_and_own_keys, {"padded": True, "apart": True, "started": True}, dropout=True,
+                **_MOST),
+        Feature("own keys", lambda tokens: SegmentLayout.membart(tokens, 32)),
+        Feature("cache apart", lambda tokens: SegmentLayout.rmt_decoder(tokens, 16, cache=100), {"apart": True}),
+        Feature("everything but dropout", _window_and_own_keys, {"padded": True, "apart": True, "started": True},
+                **_MOST),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Use:
-    """A row of a table, with one of the lengths it serves, with or without dropout, and the widths that reach it."""
+    """A row of a table, with one of the lengths and of the kinds of calls it serves, and the widths that reach it."""
 
     row: Row
     length: str
-    dropout: bool
+    calls: str
     widths: tuple[int, ...]
 
 
 def uses(table: tuple[Row, ...], arch: int) -> list[Use]:
     """The rows that some call on ``arch`` takes."""
-    found: dict[tuple[Row, str, bool], tuple[int, ...]] = {}
+    found: dict[tuple[Row, str, str], tuple[int, ...]] = {}
     for width in WIDTHS:
         for kind in KINDS:
             for length in LENGTHS:
-                for dropout in (False, True):
-                    row = next(row for row in table if row.applies(arch, width, kind, length, dropout))
-                    found[row, length, dropout] = (*found.get((row, length, dropout), ()), width)
+                for calls in CALLS:
+                    row = next(row for row in table if row.applies(arch, width, kind, length, calls))
+                    found[row, length, calls] = (*found.get((row, length, calls), ()), width)
     return [Use(*key, widths) for key, widths in found.items()]
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """Every kernel in every row of the table that ``arch`` may use."""
-    return _distinct(arch, _chosen)
+    """Every kernel in every row of the table for float16 and bfloat16."""
+    return _distinct(arch, _half)
 
 
 def all_variants(arch: int) -> Iterator[Variant]:
@@ -103,48 +115,41 @@ def all_variants(arch: int) -> Iterator[Variant]:
     return _distinct(arch, _all)
 
 
-def _chosen(use: Use, both: bool) -> Iterator[tuple[Feature, torch.dtype, int]]:
-    dtype, *others = _DTYPES[use.row.kind]
-    if not (both and use.dropout):
-        for each in (dtype, *others):
-            yield PLAIN, each, use.widths[-1]
-    if use.dropout or not both:
-        yield EVERYTHING, dtype, use.widths[-1]
+def _half(use: Use) -> Iterator[tuple[Feature, torch.dtype, int]]:
+    if use.row.kind == "half":
+        ordinary, everything, *_ = FEATURES[use.calls]
+        if use.calls == "plain":
+            yield ordinary, torch.bfloat16, use.widths[-1]
+            yield ordinary, torch.float16, use.widths[-1]
+        if use.calls != "gaps" or use.length == "long":  # else "extras" and "plain" say it
+            yield everything, torch.bfloat16, use.widths[-1]
 
 
-def _all(use: Use, both: bool) -> Iterator[tuple[Feature, torch.dtype, int]]:
+def _all(use: Use) -> Iterator[tuple[Feature, torch.dtype, int]]:
     for dtype in _DTYPES[use.row.kind]:
         for width in use.widths:
-            yield PLAIN, dtype, width
-        for feature in (EVERYTHING, *SINGLE):
-            if use.dropout or use.row.dropout is not None or not feature.dropout:
-                yield feature, dtype, use.widths[-1]
+            yield FEATURES[use.calls][0], dtype, width
+        for feature in FEATURES[use.calls][1:]:
+            yield feature, dtype, use.widths[-1]
 
 
-def _distinct(
-    arch: int, wanted: Callable[[Use, bool], Iterable[tuple[Feature, torch.dtype, int]]]
-) -> Iterator[Variant]:
+def _distinct(arch: int, wanted: Callable[[Use], Iterable[tuple[Feature, torch.dtype, int]]]) -> Iterator[Variant]:
     """Those of them that no earlier one compiles to the same code as."""
     seen = set()
-    for table in (FORWARD, BACKWARD):
-        found = uses(table, arch)
-        for use in found:
-            both = any(
-                other.dropout != use.dropout for other in found if (other.row, other.length) == (use.row, use.length)
-            )
-            for feature, dtype, width in wanted(use, both):
-                for variant in variants_of(use.row, arch, use.length, width, dtype, feature, use.dropout):
-                    code = (
-                        variant.fn, repr((variant.signature, variant.constexprs, variant.attrs)), variant.num_warps,
-                        variant.num_stages, variant.tensor_cores, variant.programs,
-                    )  # fmt: skip
-                    if code not in seen:
-                        seen.add(code)
-                        yield variant
+    for use in (*uses(FORWARD, arch), *uses(BACKWARD, arch)):
+        for feature, dtype, width in wanted(use):
+            for variant in variants_of(use.row, arch, use.length, width, dtype, feature):
+                code = (
+                    variant.fn, repr((variant.signature, variant.constexprs, variant.attrs)), variant.num_warps,
+                    variant.num_stages, variant.tensor_cores, variant.programs,
+                )  # fmt: skip
+                if code not in seen:
+                    seen.add(code)
+                    yield variant
 
 
 def variants_of(
-    row: Row, arch: int, length: str, width: int, dtype: torch.dtype, feature: Feature, dropout: bool
+    row: Row, arch: int, length: str, width: int, dtype: torch.dtype, feature: Feature
 ) -> Iterator[Variant]:
     """The kernels that a call of that kind launches."""
     tf32 = row.kind == "tf32"
@@ -152,24 +157,22 @@ def variants_of(
     layout = feature.layout(_FEW_KEYS if length == "few" else rows)
     if length == "few":
         layout = layout.last(rows)
-    given = {"padded": False, "apart": False, "started": False, "even": True, **feature.changes}
-    head_dim = width - width // 4 if feature.narrow else width
+    given = {"padded": False, "apart": False, "started": False, **feature.changes}
+    head_dim = width // 2 + 8 if feature.narrow else width
     shape = Shape(
         layout=layout.ints, batch=_BATCH, heads=_KV_HEADS * feature.group, kv_heads=_KV_HEADS,
         queries=layout.num_queries, head_dim=head_dim, dtype=dtype, precision="tf32" if tf32 else "ieee", scale=0.125,
-        dropout_p=_DROPOUT if dropout else 0.0, arch=arch, l2=50 << 20, **given,
+        dropout_p=_DROPOUT if feature.dropout else 0.0, arch=arch, l2=50 << 20, **given,
     )  # fmt: skip
 
-    def tensor(heads: int, length: int, stride: int) -> Tensor:
-        return torch.empty(_BATCH, heads, length, stride, dtype=dtype, device="meta")[..., :head_dim]
+    def tensor(heads: int, length: int) -> Tensor:
+        return torch.empty(_BATCH, heads, length, head_dim, dtype=dtype, device="meta")
 
-    stride = head_dim
-    query, key = tensor(shape.heads, shape.queries, head_dim), tensor(_KV_HEADS, shape.keys, head_dim)
-    out, grad_key = tensor(shape.heads, shape.queries, stride), tensor(_KV_HEADS, shape.keys, stride)
+    query, key = tensor(shape.heads, shape.queries), tensor(_KV_HEADS, shape.keys)
+    out, grad_key = tensor(shape.heads, shape.queries), tensor(_KV_HEADS, shape.keys)
     ints, floats = torch.empty(8, dtype=torch.int32, device="meta"), torch.empty(8, device="meta")
     padding = (ints if shape.padded else None, None, None, ints if shape.started else None)
-    seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout else None
-    names = f"{feature.name}{', dropout' if dropout and not feature.name.endswith('dropout') else ''}"
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if feature.dropout else None
 
     def variant(launch: Launch, arguments: tuple[Any, ...], part: str, owned: int, programs: int) -> Variant:
         products = part not in ("prepare", "combine") and row.kind != "float32"
@@ -180,7 +183,7 @@ def variants_of(
             kernel=launch.kernel.fn.__name__.removesuffix("_kernel"), fn=launch.kernel,
             **specialize(launch.kernel, arch, *launch.described(arguments), *launch.numbers),
             num_warps=launch.warps, num_stages=launch.stages, dtype=_NAMES[row.kind, dtype], head_dim=head_dim,
-            label=f"{part}, {tiles}, {names}" + (", copy engine" if launch.blocks else ""),
+            label=f"{part}, {tiles}, {feature.name}" + (", copy engine" if launch.blocks else ""),
             tensor_cores=mma if products else False, programs=programs,
         )  # fmt: skip
 
@@ -215,4 +218,4 @@ _NAMES = {
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(number for tensor in tensors for number in tensor.stride()[:3])
+    return tuple(step * tensor.element_size() // UNIT for tensor in tensors for step in tensor.stride()[:3])

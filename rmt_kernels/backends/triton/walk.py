@@ -90,6 +90,16 @@ def edge_tile(i, walk):
 
 
 @triton.jit
+def own_run(own, TILE: tl.constexpr):
+    """``(last, start, end)``: the run of tiles that hold the keys, or rows, of ``own`` that are not -1, and the place
+    behind the last of these."""
+    last = tl.max(own, 0) + 1
+    start = tl.min(tl.where(own >= 0, own, FAR), 0) // TILE
+    end = tl.cdiv(last, TILE)
+    return last, tl.minimum(start, end), end
+
+
+@triton.jit
 def _region_rows(n0, n1, layout, sample, FORM: tl.constexpr, TOKENS: tl.constexpr, GAPS: tl.constexpr):
     """``(a, b, open_a, open_b)``: of a region's rows, [a, b) may see keys of [n0, n1), and [open_a, open_b) see all."""
     cache, read, tokens, window = layout[0], layout[1], layout[2], layout[5]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -13,58 +12,65 @@ from rmt_kernels.backends.triton.configs import Backward, Row, Tile
 
 __all__ = ["printed", "row_source"]
 
+_WIDTH = 120  # of a line of the table
+
 
 def _source(value: object) -> str:
     """Python that makes the value, defaults left out."""
-    if not isinstance(value, Row | Tile | Backward):
-        return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-    parts = []
-    for each in fields(value):
-        given = getattr(value, each.name)
-        if each.default is MISSING:
-            parts.append(_source(given))
-        elif given != each.default:
-            parts.append(f"{each.name}={_source(given)}")
-    return f"{type(value).__name__}({', '.join(parts)})"
+    if isinstance(value, Row | Tile | Backward):
+        return f"{type(value).__name__}({', '.join(_arguments(value))})"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def _arguments(value: Row | Tile | Backward) -> list[str]:
+    return [
+        source if each.default is MISSING else f"{each.name}={source}"
+        for each in fields(value)
+        if (given := getattr(value, each.name)) != each.default
+        for source in [_source(given)]
+    ]
 
 
 def row_source(row: Row) -> str:
     """The row as it stands in the table."""
     line = f"    {_source(row)},"
-    if len(line) <= 120:
+    if len(line) <= _WIDTH:
         return line
-    chosen = ", ".join(_source(part) for part in (row.arch, row.width, row.kind, row.length, row.config))
-    words = textwrap.wrap(row.reason, 100, drop_whitespace=False, break_on_hyphens=False)
-    reason = "\n        ".join(map(_source, words))
-    return f"    Row(\n        {chosen},\n        {reason},\n        dropout={row.dropout},\n    ),  # fmt: skip"
+    reason = _source(row.reason)
+    head, tail = line.split(f" {reason}")
+    words = textwrap.wrap(row.reason, _WIDTH - 30, drop_whitespace=False, break_on_hyphens=False)
+    return "\n        ".join([head, *map(_source, words)]) + tail
 
 
 def printed(report: Mapping[str, Any]) -> str:
-    """Every candidate of every key, then the rows to paste."""
-    lines, found = [], report["keys"]
-    for name, record in found.items():
-        lines.append(f"{name} on {report['environment']['device']}")
+    """Every candidate of every key, then the rows to paste of those that are complete."""
+    lines, rows = [], []
+    for name, record in report["keys"].items():
+        lines.append(name + ("" if record["complete"] else ", INCOMPLETE"))
         if "failed" in record:
-            lines += [f"  FAILED: {record['failed']}", ""]
-            continue
-        table = [["", "candidate", "regs", "KiB", "p/SM", *(f"{case}, µs" for case in record["cases"]), "", ""]]
-        scores = {id(e): (not e["final"], not e["seconds"], math.prod(e["seconds"])) for e in record["candidates"]}
-        for entry in sorted(record["candidates"], key=lambda e: scores[id(e)]):
-            times = [f"{seconds * 1e6:.1f}" for seconds in entry["seconds"]] or [""] * len(record["cases"])
-            shared = "" if entry["shared"] is None else f"{entry['shared'] / 1024:.0f}"
-            used = ["" if number is None else str(number) for number in (entry["registers"], entry["programs"])]
-            rate = (entry["rates"] or [""])[0]
-            table.append(["*" * entry["final"], entry["label"], used[0], shared, used[1], *times, rate, entry["note"]])
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines += ["  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
-        lines += ["  * measured again, beside the present configuration", ""]
-    for title in ("FORWARD", "BACKWARD"):
-        rows = [
-            (name.split(":"), record["row"])
-            for name, record in found.items()
-            if "row" in record and f":{title.lower()}:" in name
-        ]
-        if rows:
-            lines.append(f"# {title}: each before the present rows of its width; widths ascend, new architectures lead")
-            lines += [row for _, row in sorted(rows, key=lambda pair: (int(pair[0][1]), pair[0]))]
+            lines.append(f"  FAILED: {record['failed']}")
+        lines += [*_table(record), ""]
+        if record["complete"] and "row" in record:
+            table, width = "BACKWARD" if ":backward:" in name else "FORWARD", int(name.split(":")[1])
+            rows.append((table, record["before"].strip().rstrip(","), width, name, record["row"]))
+    heading: tuple[str, str] | None = None
+    for table, before, _, _, row in sorted(rows):
+        if heading != (table, before):
+            heading = table, before
+            lines.append(f"# In {table}, in front of {before}:")
+        lines.append(row)
     return "\n".join(lines)
+
+
+def _table(record: Mapping[str, Any]) -> list[str]:
+    entries = record.get("candidates", [])
+    if not entries:
+        return []
+    rows = [["", "candidate", "registers", "per SM", *(f"{case}, µs" for case in record["cases"]), "", ""]]
+    for entry in entries:
+        times = [f"{seconds * 1e6:.1f}" for seconds in entry["seconds"]] or [""] * len(record["cases"])
+        used = ["" if entry[name] is None else str(entry[name]) for name in ("registers", "programs")]
+        rows.append(["*" * entry["final"], entry["label"], *used, *times, entry["rate"], entry["note"]])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return [*lines, "  * measured again, beside the present configuration"]

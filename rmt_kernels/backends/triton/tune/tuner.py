@@ -4,71 +4,66 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rmt_kernels.backends.triton import gate
 from rmt_kernels.backends.triton.configs import Backward, Row
 from rmt_kernels.backends.triton.resources import CHIPS
-from rmt_kernels.backends.triton.tune.candidates import DTYPES, Config, Key, Trial, trials
-from rmt_kernels.backends.triton.tune.problem import Case, Problem, Step, cases, run, small_case
+from rmt_kernels.backends.triton.tune.candidates import DTYPES, Config, Key, candidates, label
+from rmt_kernels.backends.triton.tune.problem import Case, Problem, cases
 from rmt_kernels.backends.triton.tune.report import row_source
 from rmt_kernels.backends.triton.tune.timer import Timer
-from rmt_kernels.backends.triton.variants import EVERYTHING, PLAIN, SINGLE, variants_of
+from rmt_kernels.backends.triton.variants import FEATURES, variants_of
 
 __all__ = ["DeviceLostError", "Entry", "Tuner", "finalists", "ranked"]
 
-_TOLERANCE = {"half": 5e-3, "tf32": 2e-3, "float32": 1e-5}  # RMS error / RMS; of gradients twice that
 _GAIN = 0.01  # a present configuration stays unless another is faster by more
 _UNREACHED = "not reached in the time given"
 
 
 @dataclass
 class Entry:
-    """What is known of a trial: ``note`` is what speaks against it, ``seconds`` are medians, one for each case."""
+    """What is known of a candidate: ``note`` is what speaks against it, ``seconds`` are medians, one for each case."""
 
-    trial: Trial
+    config: Config
     note: str = ""
-    dropped: bool = False  # not timed, because of what the note says
+    able: bool = True  # to be timed
     registers: int | None = None
-    shared: int | None = None
     programs: int | None = None  # that one SM holds
     seconds: list[float] = field(default_factory=list)
-    final: bool = False  # measured again, beside the present configuration
 
     @property
     def score(self) -> float:
+        """The geometric mean over cases; infinite without a time."""
         return math.exp(sum(map(math.log, self.seconds)) / len(self.seconds)) if self.seconds else math.inf
 
 
-def ranked(entries: Iterable[Entry], part: str = "whole") -> list[Entry]:
+def ranked(entries: Iterable[Entry]) -> list[Entry]:
     """Those with a time, the fastest first."""
-    return sorted((e for e in entries if e.trial.part == part and e.seconds), key=lambda entry: entry.score)
+    return sorted((entry for entry in entries if entry.seconds), key=lambda entry: entry.score)
 
 
-def finalists(entries: Sequence[Entry]) -> list[Trial]:
+def finalists(entries: Sequence[Entry]) -> list[Config]:
     """What is worth a second measurement: the present configuration, which comes first, the fastest others, and of a
-    backward pass the fastest parts put together, or the fastest joint ones taken apart."""
-    fast = [entry.trial.config for entry in ranked(entries[1:])[:5]]
-    found = [entries[0].trial.config, *fast]
-    for copies in (False, True):
-        keys, queries = (
-            [
-                config
-                for entry in ranked(entries, part)
-                if isinstance(config := entry.trial.config, Backward) and config.descriptors == copies
-            ][:2]
-            for part in ("keys", "queries")
-        )
-        found += [Backward(one.keys, other.queries, False, copies) for one, other in product(keys, queries)]
-    found += [replace(config, joint=False) for config in fast[:2] if isinstance(config, Backward)]
-    return [Trial("whole", config) for config in dict.fromkeys(found)]
+    backward pass the tiles of the fastest put together anew, in two launches."""
+    fast = [entry.config for entry in ranked(entries)]
+    found = {label(config): config for config in (entries[0].config, *fast[:5])}
+    passes = [config for config in fast if isinstance(config, Backward)]
+    keys, queries, copies = (
+        list(dict.fromkeys(getattr(config, name) for config in passes))[:3]
+        for name in ("keys", "queries", "descriptors")
+    )
+    anew = [Backward(one, other) for one, other in product(keys, queries)]
+    for config, copy in product([*passes[:2], *anew], copies):
+        found.setdefault(label(changed := replace(config, descriptors=copy)), changed)
+    return list(found.values())
 
 
 class DeviceLostError(RuntimeError):
@@ -77,165 +72,144 @@ class DeviceLostError(RuntimeError):
 
 @dataclass
 class Tuner:
-    """One GPU. ``jobs`` compilers run at a time; none, where the architecture has no gate."""
+    """One GPU, by name. ``jobs`` compilers run at once; none, where the compile gate lacks the architecture."""
 
+    name: str
     device: torch.device
     arch: int
     timer: Timer
     jobs: int = 1
     specialized: bool = False
     cases: Callable[[Key], list[Case]] = cases
-    tick: Callable[[str], object] = lambda label: None
 
     def tune(self, key: Key, deadline: float) -> dict[str, Any]:
-        """Measure a key until ``deadline`` (``time.monotonic``) at the latest; what was found, as JSON values.
+        """Measure a key until ``deadline`` (``time.monotonic``) or a little later; what was found, as JSON values.
 
-        Raises RuntimeError where the present configuration fails or computes wrong results, and DeviceLostError.
+        "failed" is among them where the present configuration fails or is wrong. Raises DeviceLostError.
         """
         begin = time.monotonic()
-        problems = [Problem(key, case, self.device, self.arch) for case in self.cases(key)]
-        small = Problem(key, small_case(key), self.device, self.arch)
-        listed = trials(key, self.arch, specialized=self.specialized)
-        present = listed[0]
-        if found := _wrong(present, [small], [small.exact()]):
-            raise RuntimeError(f"{key.name}: the present configuration, {present.label}: {found}")
-        truths = [small.exact(), *(problem.results(present) for problem in problems)]
-        entries: dict[Trial, Entry] = {}
-
-        def admit(wanted: Iterable[Trial], until: float) -> None:
-            new = [Entry(trial) for trial in wanted if trial not in entries]
-            entries.update((entry.trial, entry) for entry in new)
-            self._compile(problems[0], new, until)
-            for entry in new:
-                if not entry.note:
-                    entry.note = _wrong(entry.trial, [small, *problems], truths) or _spilled(entry.trial, problems)
-                entry.dropped = bool(entry.note) and entry.trial != present
-                if entry.trial in listed:
-                    self.tick(f"{key.name} {entry.trial.label}")
-
-        def measure(some: Sequence[Entry], rounds: int, until: float) -> None:
-            able = [entry for entry in some if not entry.dropped]
-            for entry in able:
-                entry.seconds = []
-            for problem in problems:
-                runs = {entry.trial.label: _bound(problem.steps(entry.trial)) for entry in able}
-                times = self.timer(runs, rounds, until)
-                for entry in able:
-                    entry.seconds.append(median(times[entry.trial.label]))
-
         left = deadline - begin
-        admit(listed, begin + 0.5 * left)
-        measure(list(entries.values()), 5, begin + 0.75 * left)
+        problems = [Problem(key, case, self.device, self.arch) for case in self.cases(key)]
+        entries = {label(c): Entry(c) for c in candidates(key, self.arch, specialized=self.specialized)}
+        present, *_ = entries.values()
+        self._admit(problems, list(entries.values()), present, begin + 0.5 * left)
+        self._measure(problems, entries.values(), 5, begin + 0.75 * left)
         last = finalists(list(entries.values()))
-        admit(last, begin + 0.9 * left)
-        finals = [entries[trial] for trial in last if not entries[trial].dropped]
-        measure(finals, 30, deadline)
-        for entry in finals:
-            entry.final = True
-        chosen = self._chosen(key, entries[present], finals)
-        row = Row(
-            self.arch, key.width, key.kind, key.length, chosen.trial.config,
-            _reason(chosen, entries[present], ranked(finals), problems), key.dropout,
-        )  # fmt: skip
-        return {
-            "complete": time.monotonic() <= deadline and not any(e.note == _UNREACHED for e in entries.values()),
-            "row": row_source(row), "kept": chosen.trial == present, "seconds": round(time.monotonic() - begin, 1),
-            "cases": [problem.case.name for problem in problems],
-            "candidates": [
-                {"part": e.trial.part, "label": e.trial.label, **{k: v for k, v in asdict(e).items() if k != "trial"},
-                 "rates": [p.rate(e.trial, s) for p, s in zip(problems, e.seconds, strict=False)]}
-                for e in entries.values()
-            ],
-        }  # fmt: skip
+        new = {label(config): Entry(config) for config in last if label(config) not in entries}
+        self._admit(problems, list(new.values()), present, begin + 0.9 * left)
+        entries |= new
+        finals = [entry for config in last if (entry := entries[label(config)]).able]
+        self._measure(problems, finals, 30, deadline)
+        in_time = time.monotonic() <= deadline and all(entry.note != _UNREACHED for entry in entries.values())
+        record: dict[str, Any] = {"complete": in_time, "cases": [problem.case.name for problem in problems]}
+        if not present.able:
+            record["failed"] = f"the present configuration, {label(present.config)}: {present.note}"
+        if chosen := self._chosen(key, present, finals):
+            row = Row(
+                arch=self.arch, width=key.width, kind=key.kind, length=key.length, config=chosen.config,
+                reason=self._reason(problems, chosen, present, finals), calls=key.calls,
+            )  # fmt: skip
+            hidden = replace(key.row(self.arch), reason="…")
+            record |= {"row": row_source(row), "before": row_source(hidden)}
+        record["candidates"] = [
+            {
+                "label": name, "note": entry.note, "registers": entry.registers, "programs": entry.programs,
+                "seconds": entry.seconds, "final": entry in finals,
+                "rate": problems[0].rate(entry.seconds[0]) if entry.seconds else "",
+            }
+            for name, entry in sorted(entries.items(), key=lambda item: (item[1] not in finals, item[1].score))
+        ]  # fmt: skip
+        return record
 
-    def _compile(self, problem: Problem, entries: Sequence[Entry], until: float) -> None:
-        """Note those that do not compile, spill or do not fit."""
-        if self.arch not in CHIPS:
-            return
+    def _admit(self, problems: Sequence[Problem], entries: Sequence[Entry], present: Entry, until: float) -> None:
+        """Compile in parallel, some at a time, and check; note what speaks against an entry, also that time ran out."""
         for first in range(0, len(entries), 4 * self.jobs):
             some = entries[first : first + 4 * self.jobs]
-            if first and time.monotonic() > until:
+            if some[0] is not present and time.monotonic() > until:
                 for entry in some:
-                    entry.note = _UNREACHED
+                    entry.note, entry.able = _UNREACHED, False
                 continue
-            owners = [(entry, variant) for entry in some for variant in problem.variants(entry.trial)]
-            for index, row in gate.run([(variant, self.arch) for _, variant in owners], self.jobs):
-                entry = owners[index][0]
-                entry.note = entry.note or "; ".join(row.violations)
-                if row.resources and row.kernel in ("forward_kernel", "backward_kernel"):
-                    used = row.resources
-                    entry.registers = max(entry.registers or 0, used.registers)
-                    entry.shared = max(entry.shared or 0, used.shared)
-                    entry.programs = min(entry.programs or 32, used.programs(self.arch))
+            if self.arch in CHIPS:
+                self._compile(problems, some)
+            for entry in some:
+                if entry.able or entry is present:
+                    complaint = self._complaint(problems, entry.config)
+                    entry.note, entry.able = complaint or entry.note, not complaint
 
-    def _chosen(self, key: Key, present: Entry, finals: Sequence[Entry]) -> Entry:
-        """The fastest that the compile gate would let pass with every feature, if it gains enough."""
+    def _compile(self, problems: Sequence[Problem], entries: Sequence[Entry]) -> None:
+        """Note those that do not compile, spill or do not fit."""
+        tasks = {
+            (index, variant.fn, repr((variant.signature, variant.constexprs, variant.attrs))): variant
+            for index, entry in enumerate(entries)
+            for problem in problems
+            for variant in problem.variants(entry.config)
+        }
+        owners = [entries[index] for index, *_ in tasks]
+        for task, row in gate.run([(variant, self.arch) for variant in tasks.values()], self.jobs):
+            entry = owners[task]
+            if row.violations:
+                entry.note, entry.able = entry.note or "; ".join(row.violations), False
+            if row.resources and row.kernel in ("forward", "backward"):
+                entry.registers = max(entry.registers or 0, row.resources.registers)
+                entry.programs = min(entry.programs or 32, row.resources.programs(self.arch))
+
+    def _complaint(self, problems: Sequence[Problem], config: Config) -> str:
+        """Why a configuration cannot be timed: it fails, or its results are off; empty where nothing is wrong."""
+        for problem in problems:
+            try:
+                if found := problem.wrong(config):
+                    return f"WRONG: {found}"
+            except Exception as error:  # one candidate must not end the run
+                said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+                if self.device.type == "cuda":
+                    try:
+                        torch.cuda.synchronize(self.device)
+                    except RuntimeError:
+                        raise DeviceLostError(f"{label(config)} on {problem.case.name}: {said}") from error
+                return f"fails on {problem.case.name}: {said}"
+        return ""
+
+    def _measure(self, problems: Sequence[Problem], entries: Iterable[Entry], rounds: int, until: float) -> None:
+        able = {label(entry.config): entry for entry in entries if entry.able}
+        times = [
+            self.timer({name: partial(problem.run, entry.config) for name, entry in able.items()}, rounds, until)
+            for problem in problems
+        ]
+        for name, entry in able.items():
+            entry.seconds = [median(found[name]) for found in times]
+
+    def _chosen(self, key: Key, present: Entry, finals: Sequence[Entry]) -> Entry | None:
+        """The fastest that the compile gate lets pass with every feature, if it gains enough; None where all fail."""
         for entry in ranked(finals):
-            if entry is present or (not present.note and entry.score > present.score * (1 - _GAIN)):
+            enough = not present.able or present.note or entry.score < present.score * (1 - _GAIN)
+            if entry is present or not enough:
                 break
-            broken = self._broken(key, entry.trial.config)
+            broken = self._broken(key, entry.config)
             if not broken:
                 return entry
-            entry.note = f"fast, but the compile gate refuses it: {broken}"
-        return present
+            entry.note = f"the compile gate refuses it: {broken}"
+        return present if present.able else None
 
     def _broken(self, key: Key, config: Config) -> str:
         if self.arch not in CHIPS:
             return ""
-        row = Row(self.arch, key.width, key.kind, key.length, config, "", key.dropout)
-        arguments = (row, self.arch, key.length, key.width, DTYPES[key.kind])
+        row = Row(self.arch, key.width, key.kind, key.length, config, "", key.calls)
         wanted = [
-            variant
-            for feature in (PLAIN, EVERYTHING, *SINGLE)
-            for variant in variants_of(*arguments, feature, key.dropout)
+            (variant, self.arch)
+            for feature in FEATURES[key.calls]
+            for variant in variants_of(row, self.arch, key.length, key.width, DTYPES[key.kind], feature)
         ]
-        rows = [row for _, row in gate.run([(variant, self.arch) for variant in wanted], self.jobs) if row.violations]
-        return f"{rows[0].label}: {rows[0].violations[0]}" if rows else ""
+        found = [row for _, row in gate.run(wanted, self.jobs) if row.violations]
+        return f"{found[0].label}: {found[0].violations[0]}" if found else ""
 
+    def _reason(self, problems: Sequence[Problem], chosen: Entry, present: Entry, finals: Sequence[Entry]) -> str:
+        def said(entry: Entry) -> str:
+            times = ", ".join(f"{seconds * 1e6:.1f}" for seconds in entry.seconds)
+            return f"{times} µs ({problems[0].rate(entry.seconds[0])})"
 
-def _bound(steps: Sequence[Step]) -> Callable[[], None]:
-    return lambda: run(steps)
-
-
-def _wrong(trial: Trial, problems: Sequence[Problem], truths: Sequence[Mapping[str, Tensor]]) -> str:
-    """Why the trial cannot be timed: it fails, or its results are off; empty where nothing is wrong."""
-    for problem, truth in zip(problems, truths, strict=True):
-        try:
-            found = problem.results(trial)
-        except Exception as error:  # one candidate must not end the run
-            said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-            try:
-                if problem.query.is_cuda:
-                    torch.cuda.synchronize()
-            except RuntimeError:
-                raise DeviceLostError(f"{trial.label} on {problem.case.name} broke the device: {said}") from error
-            return said
-        for name, result in found.items():
-            true = truth[name].double()
-            ratio = float((result.double() - true).norm() / true.norm())
-            allowed = _TOLERANCE[problem.key.kind] * (2 if name.startswith("grad") else 1)
-            if not ratio <= allowed:  # NaN too
-                return f"WRONG on {problem.case.name}: {name}, RMS error ratio {ratio:.1e}, allowed {allowed:.1e}"
-    return ""
-
-
-def _spilled(trial: Trial, problems: Sequence[Problem]) -> str:
-    """What the compiled kernels say, for architectures that the gate does not know."""
-    kernels = [kernel for problem in problems for step, _ in problem.steps(trial) for kernel in step.compiled.values()]
-    most = max((kernel.n_spills or 0 for kernel in kernels), default=0)
-    return f"spills {most} registers" if most else ""
-
-
-def _reason(chosen: Entry, present: Entry, finals: Sequence[Entry], problems: Sequence[Problem]) -> str:
-    def said(entry: Entry) -> str:
-        text = problems[0].rate(entry.trial, entry.seconds[0])
-        for problem, seconds in zip(problems[1:], entry.seconds[1:], strict=True):
-            text += f", {problem.case.name}: {seconds * 1e6:.1f} µs"
-        return text
-
-    text = f"measured {said(chosen)}"
-    following = next((e for e in finals if e is not chosen and e is not present and not e.note), None)
-    if following:
-        kind = "next best" if following.score >= chosen.score else "no gain from"
-        text += f"; {kind} {following.trial.label} at {said(following)}"
-    return text if chosen is present else f"{text}; before {present.trial.label} at {said(present)}"
+        words = [f"{self.name}, {'; '.join(problem.case.name for problem in problems)}: {said(chosen)}"]
+        others = (entry for entry in ranked(finals) if entry is not chosen and entry is not present and not entry.note)
+        words += [f"next {label(entry.config)}: {said(entry)}" for entry in list(others)[:1]]
+        if present is not chosen:
+            words.append(f"before, {label(present.config)}: {said(present) if present.able else present.note}")
+        return "; ".join(words)
