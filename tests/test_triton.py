@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmt_kernels import SegmentLayout, attention, explain, ops, segment_attention
+from rmt_kernels import SegmentLayout, explain, ops, segment_attention
+from rmt_kernels.backends import triton
 from rmt_kernels.backends.triton import configs, launch
 from rmt_kernels.backends.triton.configs import Backward, Tile
 from tests.draws import NAMED
@@ -63,7 +64,7 @@ def test_auto_chooses_it_on_a_gpu() -> None:
 
 
 def test_the_cpu_is_told_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention.triton, "_INTERPRETED", False)
+    monkeypatch.setattr(triton, "_INTERPRETED", False)
     query, key, value = (tensor.cpu() for tensor in tensors(Case(DECODER)))
     with pytest.raises(ValueError, match="runs on CUDA tensors, got cpu"):
         segment_attention(query, key, value, DECODER, backend="triton")
@@ -150,6 +151,15 @@ def test_copy_engine_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch, name: 
         assert torch.equal(pointers[result], described[result]), result
 
 
+@pytest.mark.parametrize("name", ["plain", "padded", "window"])
+def test_warps_apart_for_loads(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """One loop in which every tile is masked, and queries through a descriptor as well."""
+    tile = Tile(32, 32, 4, 2, descriptors=True, specialize=True)
+    found, made = configured(monkeypatch, CHANGED[name], tile, Backward(tile, tile))
+    assert made[0].scratch
+    check(CHANGED[name], found)
+
+
 @pytest.mark.parametrize("name", ["padded", "window", "grouped"])
 @pytest.mark.parametrize("tile", [(16, 64), (64, 16), (32, 128)], ids=str)
 def test_other_tiles_are_right_too(monkeypatch: pytest.MonkeyPatch, name: str, tile: tuple[int, int]) -> None:
@@ -176,7 +186,7 @@ def test_launches_are_planned_once() -> None:
 def test_split_keys_are_combined(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding against many keys runs in two kernels, whatever the batch."""
     case = TRITON.version(NAMED["split, decoding f16"])
-    tile = configs.forward_config(0, 64, F16, "ieee", 8, False)
+    tile = configs.forward_config(0, 64, "half", "few", "plain")
     _, made = configured(monkeypatch, case, tile, Backward(tile, tile, True))
     assert made[0].grid == (case.batch * case.kv_heads, 3)
     assert made[1].grid == (case.batch * case.kv_heads * case.group * 2, 1)

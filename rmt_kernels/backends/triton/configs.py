@@ -37,6 +37,7 @@ class Tile:
     descriptors: bool = False  # keys and values fetched by the copy engine (sm_90 and later) where strides allow
     specialize: bool = False  # 4 warps, descriptors, and others that only load (sm_90 and later); one masked loop
     programs: int = 1  # that one SM holds at once: what the compile gate demands
+    spills: int = 0  # bytes of registers spilled at most: what the compile gate allows
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
@@ -82,10 +83,12 @@ class Row:
 
 
 _TWICE = "8 warps compute scores of 64 rows twice; 128 rows spill"
+_SCALAR = "scalar products: what fits, whatever the compiler makes of it"
 _DRAWS = "dropout's random numbers take the registers of half a tile"
 
 FORWARD: tuple[Row, ...] = (
     # few rows: bound by memory, so that many small programs keep many loads in flight
+    Row(100, 64, "half", "few", Tile(16, 128, 4, 2), "as 3 stages of 64 keys, which spill"),
     Row(80, 64, "half", "few", Tile(16, 64, 4, 3), "16 KiB of loads in flight a program"),
     Row(80, 128, "half", "few", Tile(16, 64, 4, 2), "3 stages spill", "extras"),
     Row(80, 128, "half", "few", Tile(16, 64, 4, 3), "32 KiB of loads in flight a program"),
@@ -93,7 +96,7 @@ FORWARD: tuple[Row, ...] = (
     Row(80, 256, "half", "few", Tile(16, 32, 4, 3), "32 KiB of loads in flight a program"),
     # sm_100: sums and scores lie in tensor memory
     Row(100, 64, "half", "any", Tile(64, 64, 4, 2, programs=2), "128 rows spill", "extras"),
-    Row(100, 64, "half", "short", Tile(64, 64, 4, 3, programs=3), "twice as many programs as of 128 rows, 3 on an SM"),
+    Row(100, 64, "half", "short", Tile(64, 64, 4, 2, programs=4), "twice as many programs as of 128 rows, 4 on an SM"),
     Row(100, 64, "half", "long", Tile(128, 64, 4, 3, True, programs=2),
         "2 programs on an SM: one's exponentials fill the other's products"),
     Row(100, 128, "half", "any", Tile(64, 64, 8, 2), _DRAWS, "extras"),
@@ -122,13 +125,13 @@ FORWARD: tuple[Row, ...] = (
     Row(80, 128, "half", "long", Tile(128, 32, 8, 3), "128 x 64 spills where rows have gaps"),
     Row(80, 256, "half", "any", Tile(64, 32, 8, 1), _DRAWS, "extras"),
     Row(80, 256, "half", "any", Tile(64, 32, 8, 2), "128 rows spill"),
-    # float32: few registers a product, whether by tf32 or exactly
-    Row(80, 64, "tf32", "any", Tile(32, 32, 4, 1), ""),
-    Row(80, 128, "tf32", "any", Tile(32, 32, 4, 1), ""),
-    Row(80, 256, "tf32", "any", Tile(32, 16, 8, 1), ""),
-    Row(80, 64, "float32", "any", Tile(32, 32, 4, 1), ""),
-    Row(80, 128, "float32", "any", Tile(32, 16, 4, 1), ""),
-    Row(80, 256, "float32", "any", Tile(16, 16, 4, 1), ""),
+    # float32: operands of a product are held for all of its width
+    Row(80, 64, "tf32", "any", Tile(64, 32, 4, 1, programs=2), "64 x 64 spills"),
+    Row(80, 128, "tf32", "any", Tile(32, 32, 4, 2, programs=2), "64 rows spill"),
+    Row(80, 256, "tf32", "any", Tile(32, 32, 8, 1), "in 4 warps it spills"),
+    Row(80, 64, "float32", "any", Tile(32, 16, 4, 1, spills=16), _SCALAR),
+    Row(80, 128, "float32", "any", Tile(32, 16, 8, 1, spills=16), _SCALAR),
+    Row(80, 256, "float32", "any", Tile(16, 16, 8, 1), _SCALAR),
     # the interpreter
     Row(0, 256, "half", "any", Tile(64, 64, 4, 2), "any will do"),
     Row(0, 256, "tf32", "any", Tile(64, 64, 4, 2), "any will do"),
@@ -157,12 +160,13 @@ BACKWARD: tuple[Row, ...] = (
     Row(90, 128, "half", "any", Backward(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)), _DRAWS, "extras"),
     Row(90, 128, "half", "long", Backward(Tile(32, 128, 8, 2), Tile(64, 64, 4, 2, programs=2)), _LEAN, "plain"),
     Row(90, 128, "half", "long", Backward(Tile(16, 64, 4, 2), Tile(64, 64, 4, 2, programs=2)), _LEAN),
-    Row(90, 128, "half", "any", Backward(Tile(16, 64, 4, 2), Tile(64, 32, 4, 2), True), _ONE),
+    Row(90, 128, "half", "any", Backward(Tile(16, 64, 4, 3, programs=2), Tile(64, 32, 4, 3), True), _ONE, "plain"),
+    Row(90, 128, "half", "any", Backward(Tile(32, 64, 8, 2), Tile(64, 32, 8, 2), True), "in 4 warps it spills"),
     Row(90, 256, "half", "any", Backward(Tile(32, 16, 8, 1), Tile(32, 32, 8, 1)), _DRAWS, "extras"),
     Row(90, 256, "half", "any", Backward(Tile(64, 32, 8, 1), Tile(64, 32, 8, 2)), _SUMS),
     # sm_80 and later
     Row(80, 64, "half", "any", Backward(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)), _DRAWS, "extras"),
-    Row(80, 64, "half", "long", Backward(Tile(64, 128, 8, 2), Tile(64, 64, 4, 3)), "64 x 64 in 4 warps spills"),
+    Row(80, 64, "half", "long", Backward(Tile(32, 128, 8, 2), Tile(64, 64, 4, 3)), "64 x 128 spills"),
     Row(80, 64, "half", "any", Backward(Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), True), _ONE),
     Row(80, 128, "half", "any", Backward(Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)), _DRAWS, "extras"),
     Row(80, 128, "half", "long", Backward(Tile(64, 64, 8, 1), Tile(128, 32, 8, 2)), "128 keys spill"),
@@ -170,12 +174,12 @@ BACKWARD: tuple[Row, ...] = (
     Row(80, 256, "half", "any", Backward(Tile(16, 32, 8, 1), Tile(32, 32, 8, 1)), _DRAWS, "extras"),
     Row(80, 256, "half", "any", Backward(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)), "as much as registers hold"),
     # float32
-    Row(80, 64, "tf32", "any", Backward(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)), ""),
-    Row(80, 128, "tf32", "any", Backward(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)), ""),
-    Row(80, 256, "tf32", "any", Backward(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)), ""),
-    Row(80, 64, "float32", "any", Backward(Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)), ""),
-    Row(80, 128, "float32", "any", Backward(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)), ""),
-    Row(80, 256, "float32", "any", Backward(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)), ""),
+    Row(80, 64, "tf32", "any", Backward(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)), "64 rows spill"),
+    Row(80, 128, "tf32", "any", Backward(Tile(32, 32, 8, 1), Tile(32, 32, 4, 2)), "64 rows spill"),
+    Row(80, 256, "tf32", "any", Backward(Tile(16, 16, 8, 1), Tile(32, 16, 8, 1)), "32 keys spill"),
+    Row(80, 64, "float32", "any", Backward(Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)), _SCALAR),
+    Row(80, 128, "float32", "any", Backward(Tile(16, 16, 8, 1, spills=128), Tile(16, 16, 8, 1, spills=64)), _SCALAR),
+    Row(80, 256, "float32", "any", Backward(Tile(16, 16, 8, 1, spills=3072), Tile(16, 16, 8, 1)), _SCALAR),
     # the interpreter
     Row(0, 256, "half", "any", Backward(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), True), "any will do"),
     Row(0, 256, "tf32", "any", Backward(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), True), "any will do"),

@@ -176,7 +176,7 @@ def forward_kernel(
 ):  # fmt: skip
     """out (batch, heads, queries, D) and lse (batch, heads, queries); where SPLIT, their parts instead, for every row
     of lse and every chunk of keys: all sums of D values, then all highest scores, which they are relative to, then all
-    sums of weights. Where DESCRIBED, keys and values are descriptors, and where SPECIALIZE queries are one too."""
+    sums of weights. Where DESCRIBED, keys and values are descriptors."""
     layout = (
         cache, read, tokens, write, token_rows, window, skip, rows0, lo0, hi0, step0, own0, rows1, lo1, hi1, step1,
         own1, rows2, lo2, hi2, step2, own2,
@@ -196,7 +196,11 @@ def forward_kernel(
     limit, walk = key_walk(lo, hi, gap_lo, gap_hi, KEYS, GAPS)
 
     if SPECIALIZE:
-        q = query_ptr.load([b, first_head, tile * ROWS, 0]).reshape(ROWS, BLOCK_D)
+        # The compiler halves the rows between two groups of warps, which only a descriptor made here can follow.
+        UNIT: tl.constexpr = 128 // query_ptr.dtype.element_ty.primitive_bitwidth
+        first = head_of(query_ptr, b, first_head, q_b, q_h)
+        rows = tl.make_tensor_descriptor(first, [queries, D], [q_n.to(tl.int64) * UNIT, 1], [ROWS, BLOCK_D])
+        q = rows.load([tile * ROWS, 0])
     else:
         pointers = row_pointers(head_of(query_ptr, b, first_head, q_b, q_h), tile, q_n, q_h, ROWS, PACK)
         q = load_rows(pointers, stays, BLOCK_D, D, True)  # (ROWS, BLOCK_D)

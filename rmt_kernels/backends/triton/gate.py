@@ -57,7 +57,7 @@ def violations(variant: Variant, arch: int, used: Resources) -> tuple[str, ...]:
     """Each limit that the compiled kernel breaks, in words; empty where it breaks none."""
     chip = CHIPS[arch]
     found = []
-    if used.stack or used.spilled or used.local_ops:
+    if max(used.stack, used.spilled, used.local_ops) > variant.spills:
         found.append(
             f"spills: {used.stack} bytes of stack, {used.spilled} bytes stored and loaded, "
             f"{used.local_ops} local-memory instructions"

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -42,6 +43,10 @@ UNIT = 16  # bytes: what a thread loads at once, and what the copy engine asks a
 _PLANS = 4096  # kept for each pass, then all are dropped
 
 
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel launch: its grid, the arguments after the tensors, and the compiler's options."""
@@ -52,10 +57,13 @@ class Launch:
     warps: int
     stages: int
     blocks: tuple[tuple[int, int], ...] = ()  # tensors given as descriptors: which, and the rows of a block
+    scratch: bool = False  # whether the kernel makes a descriptor itself, for which Triton asks for memory
     compiled: dict[tuple[bool, ...], Any] = field(default_factory=dict, compare=False)
 
     def __call__(self, *tensors: Any) -> None:
         tensors = self.described(tensors)
+        if self.scratch:
+            triton.set_allocator(_scratch)
         # What Triton compiles depends on the numbers, which do not change here, and on aligned addresses, which may.
         aligned = tuple([isinstance(tensor, Tensor) and tensor.data_ptr() % 16 == 0 for tensor in tensors])
         compiled = self.compiled.get(aligned)
@@ -212,7 +220,8 @@ def forward_launches(shape: Shape, strides: Strides, tile: Tile | None = None) -
         ),
         tile.warps,
         tile.stages,
-        (((0, tile.rows),) if specialize else ()) + (((1, tile.keys), (2, tile.keys)) if described else ()),
+        ((1, tile.keys), (2, tile.keys)) if described else (),
+        specialize,
     )  # fmt: skip
     if chunks == 1:
         return main, None, 1
@@ -247,14 +256,16 @@ def backward_launches(
     key_tiles = -(-shape.keys // config.keys.keys)
 
     def part(name: str, programs: int, warps: int, stages: int) -> Launch:
+        # The part that does not run is given the same tile always: no kernel is compiled anew for it.
+        keys = config.keys if name != "queries" else Tile(16, 16, warps, stages)
+        queries = config.queries if name != "keys" else Tile(16, 16, warps, stages)
         numbers = (
             *strides, shape.kv_heads, shape.queries, row_tiles, key_tiles, heads, shape.together(0.25),
             key_tiles * heads, shape.threshold, shape.factor, shape.scale, shape.keep_scale, *shape.layout, shape.pack,
-            shape.blocks, shape.head_dim, block_d, config.keys.rows, config.keys.keys, config.queries.rows,
-            config.queries.keys, shape.gaps, shape.own, shape.apart, described,
-            shape.dropout_p > 0.0, shape.sign, shape.precision, name,
+            shape.blocks, shape.head_dim, block_d, keys.rows, keys.keys, queries.rows, queries.keys, shape.gaps,
+            shape.own, shape.apart, described, shape.dropout_p > 0.0, shape.sign, shape.precision, name,
         )  # fmt: skip
-        blocks = ((18, config.keys.rows), (19, config.keys.rows), (20, config.queries.keys), (21, config.queries.keys))
+        blocks = ((18, keys.rows), (19, keys.rows), (20, queries.keys), (21, queries.keys))
         return Launch(bwd.backward_kernel, (programs, 1), numbers, warps, stages, blocks if described else ())
 
     if config.joint:

@@ -32,7 +32,8 @@ class Variant:
     """One kernel in one configuration: what ``triton.compile`` needs, and what must come out of it.
 
     ``signature``, ``constexprs`` and ``attrs`` are as ``ASTSource`` takes them; ``specialize`` makes them from the
-    arguments of a launch. ``programs`` is how many of them one SM must hold at once. ``tensor_cores`` is True where the
+    arguments of a launch. ``programs`` is how many of them one SM must hold at once, ``spills``
+    how many bytes of registers may be stored and loaded again. ``tensor_cores`` is True where the
     architecture's own instructions must appear (sm_80 ``mma``, sm_90 ``wgmma``, sm_100 ``tcgen05`` or ``mma``),
     ``"mma"`` where the older ``mma`` will do (tiles too small for ``wgmma``), False where none may appear.
     ``warp_specialized`` promises warps beyond ``num_warps`` for the loads: Triton ignores the wish where it cannot.
@@ -50,6 +51,7 @@ class Variant:
     attrs: dict[tuple[int, ...], list[list[object]]] = field(default_factory=dict)
     options: dict[str, object] = field(default_factory=dict)
     programs: int = 1
+    spills: int = 0
     tensor_cores: bool | str = True
     warp_specialized: bool = False
 

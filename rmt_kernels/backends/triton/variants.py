@@ -174,41 +174,43 @@ def variants_of(
     padding = (ints if shape.padded else None, None, None, ints if shape.started else None)
     seed = torch.empty(1, dtype=torch.int64, device="meta") if feature.dropout else None
 
-    def variant(launch: Launch, arguments: tuple[Any, ...], part: str, owned: int, programs: int) -> Variant:
-        products = part not in ("prepare", "combine") and row.kind != "float32"
-        tiles = " ".join(f"{tile.rows}x{tile.keys}" for tile in row.config.tiles) if products else ""
+    def variant(launch: Launch, arguments: tuple[Any, ...], part: str, owned: int, *tiles: Tile) -> Variant:
+        products = bool(tiles) and row.kind != "float32"
+        sizes = " ".join(f"{tile.rows}x{tile.keys}" for tile in tiles)
         # wgmma needs 64 rows of its result's tile, and of tf32 operands layouts that transposed products do not have.
         mma = "mma" if owned < 64 or tf32 else True
         return Variant(
             kernel=launch.kernel.fn.__name__.removesuffix("_kernel"), fn=launch.kernel,
             **specialize(launch.kernel, arch, *launch.described(arguments), *launch.numbers),
             num_warps=launch.warps, num_stages=launch.stages, dtype=_NAMES[row.kind, dtype], head_dim=head_dim,
-            label=f"{part}, {tiles}, {feature.name}" + (", copy engine" if launch.blocks else ""),
-            tensor_cores=mma if products else False, programs=programs,
+            label=f"{part}, {sizes}, {feature.name}" + (", copy engine" if launch.blocks else ""),
+            tensor_cores=mma if products else False, programs=tiles[0].programs if tiles else 1,
+            spills=max((tile.spills for tile in tiles), default=0),
+            warp_specialized=any(tile.specialize for tile in tiles) and bool(launch.blocks),
         )  # fmt: skip
 
     if isinstance(row.config, Tile):
         tile = row.config
         main, combine, chunks = forward_launches(shape, _strides(query, key, key, key, key, out), tile)
         arguments = (query, key, key, key, key, out, floats, floats if chunks > 1 else None, *padding, seed)
-        yield variant(main, arguments, f"{length} forward", tile.rows, tile.programs)
+        yield variant(main, arguments, f"{length} forward", tile.rows, tile)
         if combine is not None:
-            yield variant(combine, (floats, out, floats), "combine", 0, 1)
+            yield variant(combine, (floats, out, floats), "combine", 0)
         return
     gradients_of = (out, grad_key, grad_key, grad_key, grad_key)
     strides = _strides(query, key, key, key, key, query, *gradients_of)
     prepare, gradients = backward_launches(shape, strides, _strides(out, query), row.config)
     assert prepare is not None
-    yield variant(prepare, (out, query, floats, None, floats, ints, *padding), "prepare", 0, 1)
+    yield variant(prepare, (out, query, floats, None, floats, ints, *padding), "prepare", 0)
     tensors = (
         query, key, key, key, key, query, floats, ints, *gradients_of, *padding, seed, query, query, key, key,
     )  # fmt: skip
     keys, queries = row.config.tiles
     if row.config.joint:
-        yield variant(gradients[0], tensors, f"{length} keys and queries", min(keys.keys, queries.rows), keys.programs)
+        yield variant(gradients[0], tensors, f"{length} keys and queries", min(keys.keys, queries.rows), keys, queries)
     else:
-        yield variant(gradients[0], tensors, f"{length} keys", keys.keys, keys.programs)
-        yield variant(gradients[1], tensors, f"{length} queries", queries.rows, queries.programs)
+        yield variant(gradients[0], tensors, f"{length} keys", keys.keys, keys)
+        yield variant(gradients[1], tensors, f"{length} queries", queries.rows, queries)
 
 
 _NAMES = {
