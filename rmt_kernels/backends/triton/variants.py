@@ -121,7 +121,7 @@ def _half(use: Use) -> Iterator[tuple[Feature, torch.dtype, int]]:
         if use.calls == "plain":
             yield ordinary, torch.bfloat16, use.widths[-1]
             yield ordinary, torch.float16, use.widths[-1]
-        if use.calls != "gaps" or use.length == "long":  # else "extras" and "plain" say it
+        if use.calls != "gaps" or use.length == "long" or use.row.calls == "gaps":  # else the plain one says it
             yield everything, torch.bfloat16, use.widths[-1]
 
 
