@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rmt_kernels import SegmentLayout, explain, ops, segment_attention
 from rmt_kernels.backends import triton
-from rmt_kernels.backends.triton import configs, launch
+from rmt_kernels.backends.triton import configs, launch, operators
 from rmt_kernels.backends.triton.configs import Backward, Tile
 from tests.draws import NAMED
 from tests.interpreter import INTERPRETED
@@ -133,7 +133,7 @@ def configured(
     with monkeypatch.context() as patch:
         patch.setattr(launch, "forward_config", lambda *_: tile)
         patch.setattr(launch, "backward_config", lambda *_: backward)
-        patch.setattr(launch, "_plans", {})
+        patch.setattr(operators, "_plans", {})
         patch.setattr(launch.Launch, "__call__", recorded)
         return results(make(case, DEVICE), on_backend("triton")), made
 
@@ -176,14 +176,14 @@ def test_other_tiles_are_right_too(monkeypatch: pytest.MonkeyPatch, name: str, t
 
 def test_launches_are_planned_once() -> None:
     case = CHANGED["plain"]
-    launch._plans.clear()
+    operators._plans.clear()
     first = results(make(case, DEVICE), on_backend("triton"))
-    plans = len(launch._plans)
+    plans = len(operators._plans)
     again = results(make(replace(case, seed=7), DEVICE), on_backend("triton"))
-    assert len(launch._plans) == plans == 2  # forward and backward; other numbers, the same shapes
+    assert len(operators._plans) == plans == 2  # forward and backward; other numbers, the same shapes
     assert not torch.equal(first["out"], again["out"])
     results(make(replace(case, scale=0.3), DEVICE), on_backend("triton"))
-    assert len(launch._plans) == 2 * plans
+    assert len(operators._plans) == 2 * plans
 
 
 def test_split_keys_are_combined(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,3 +232,10 @@ def test_a_compiler_that_dies_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> 
 def test_every_kernel_in_every_configuration() -> None:
     done = _gate()
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_option_alone_too(arch: int) -> None:
+    done = _gate("--all", "--arch", str(arch))
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton")
 
 from rmt_kernels import SegmentLayout
-from rmt_kernels.backends.triton import configs, gate, launch
+from rmt_kernels.backends.triton import configs, gate, launch, operators
 from rmt_kernels.backends.triton.configs import CALLS, KINDS, LENGTHS, WIDTHS, Backward, Row, Tile, padded_width
 from rmt_kernels.backends.triton.resources import Resources, Variant
 from rmt_kernels.backends.triton.tune import __main__ as program
@@ -240,7 +240,7 @@ def test_calls_are_of_the_kind_that_their_key_says(length: str, call: str, monke
 
     key = Key("tf32", 128, length, False, call)
     for case in cases(key):
-        monkeypatch.setattr(launch, "forward_launches", watched)
+        monkeypatch.setattr(operators, "forward_launches", watched)
         small = replace(case, batch=1, heads=case.heads // case.kv_heads, kv_heads=1)
         Problem(key, small, DEVICE, 0)._steps(PRESENT)
     assert set(seen) == {("tf32", 128, length, call)}
@@ -249,7 +249,7 @@ def test_calls_are_of_the_kind_that_their_key_says(length: str, call: str, monke
 
 def test_the_configuration_asked_for_is_run_and_the_table_left_as_it_is() -> None:
     matmul = torch.backends.cuda.matmul
-    before, plans, call = matmul.fp32_precision, dict(launch._plans), launch.Launch.__call__
+    before, plans, call = matmul.fp32_precision, dict(operators._plans), launch.Launch.__call__
     matmul.fp32_precision = "ieee"
     try:
         problem = Problem(replace(FORWARD, kind="tf32"), TINY, DEVICE, 0)
@@ -263,7 +263,7 @@ def test_the_configuration_asked_for_is_run_and_the_table_left_as_it_is() -> Non
         assert matmul.fp32_precision == "ieee"
     finally:
         matmul.fp32_precision = before
-    assert (launch._plans, launch.Launch.__call__) == (plans, call)
+    assert (operators._plans, launch.Launch.__call__) == (plans, call)
     assert launch.forward_config is configs.forward_config  # type: ignore[attr-defined]
 
 

@@ -59,10 +59,10 @@ def _backward(*args: Any) -> ops.Gradients:
 
 
 def _registered() -> Any:
-    from rmt_kernels.backends.triton import launch
+    from rmt_kernels.backends.triton import operators
 
-    ops.register_kernels("triton", launch.forward, launch.backward)
-    return launch
+    ops.register_kernels("triton", operators.forward, operators.backward)
+    return operators
 
 
 if not why_missing:

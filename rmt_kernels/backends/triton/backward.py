@@ -5,7 +5,7 @@ row tiles. Probabilities are recomputed from lse. Both parts can share one launc
 import triton
 import triton.language as tl
 
-from rmt_kernels.backends.triton.forward import LAYOUT, place, visible
+from rmt_kernels.backends.triton.forward import LAYOUT, SAMPLES, place, visible
 from rmt_kernels.backends.triton.tiles import (
     head_of,
     kept,
@@ -43,7 +43,8 @@ LARGE = tl.constexpr(16777216.0)  # 2^24
 
 
 @triton.jit(
-    do_not_specialize=(*LAYOUT, "q_heads", "queries", "count", "batch", "o_b", "o_h", "o_n", "do_b", "do_h", "do_n")
+    do_not_specialize=(*LAYOUT, "q_heads", "queries", "count", "batch", "o_b", "o_h", "o_n", "do_b", "do_h", "do_n"),
+    do_not_specialize_on_alignment=(*SAMPLES[:4], "grad_lse_ptr"),
 )
 def prepare_kernel(
     out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, rows_ptr, spans_ptr, token_lengths_ptr, token_starts_ptr,
@@ -286,7 +287,7 @@ def _query_gradients(
     store_rows(row_pointers(grad_query_ptr, tile, dq_n, dq_h, ROWS, PACK), dq, stays, BLOCK_D, D)
 
 
-@triton.jit(do_not_specialize=(*SIZES, *STRIDES))
+@triton.jit(do_not_specialize=(*SIZES, *STRIDES), do_not_specialize_on_alignment=SAMPLES)
 def backward_kernel(
     query_ptr, key_ptr, value_ptr, cache_key_ptr, cache_value_ptr, grad_out_ptr, rows_ptr, spans_ptr, grad_query_ptr,
     grad_key_ptr, grad_value_ptr, grad_cache_key_ptr, grad_cache_value_ptr, token_lengths_ptr, token_starts_ptr,

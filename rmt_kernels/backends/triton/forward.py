@@ -30,6 +30,8 @@ LAYOUT = (
 )  # fmt: skip
 SIZES = (*LAYOUT, "kv_heads", "queries", "tiles", "heads", "together", "chunk", "threshold")
 STRIDES = tuple(f"{tensor}_{step}" for tensor in ("q", "k", "v", "ck", "cv", "o") for step in "bhn")
+# Whatever the alignment of these addresses, the kernel is the same; those of all others are multiples of 16.
+SAMPLES = ("token_lengths_ptr", "token_starts_ptr", "cache_starts_ptr", "query_start_ptr", "seed_ptr")
 LN2 = tl.constexpr(0.6931471805599453)
 # Beyond 2^28 float32 scores are 32 apart: a softmax over them is all or nothing, at any temperature.
 HUGE = tl.constexpr(268435456.0)
@@ -161,7 +163,7 @@ def place(pid, tiles, heads, together, HEAVY_LAST: tl.constexpr):
     return tile, group * together + rest % size
 
 
-@triton.jit(do_not_specialize=(*SIZES, *STRIDES))
+@triton.jit(do_not_specialize=(*SIZES, *STRIDES), do_not_specialize_on_alignment=SAMPLES)
 def forward_kernel(
     query_ptr, key_ptr, value_ptr, cache_key_ptr, cache_value_ptr, out_ptr, lse_ptr, part_ptr, token_lengths_ptr,
     token_starts_ptr, cache_starts_ptr, query_start_ptr, seed_ptr,

@@ -206,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--variants", default="rmt_kernels.backends.triton.variants", metavar="MODULE", help="has variants(arch)"
     )
+    parser.add_argument("--all", action="store_true", help="take all_variants(arch): every option, width and dtype")
     return parser
 
 
@@ -218,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     try:
-        listed = importlib.import_module(options.variants).variants
+        listed = getattr(importlib.import_module(options.variants), "all_variants" if options.all else "variants")
     except ModuleNotFoundError as error:
         parser.error(f"--variants {options.variants}: {error}")
     tasks = [(variant, arch) for arch in options.arch for variant in listed(arch)]

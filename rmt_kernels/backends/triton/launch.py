@@ -1,16 +1,9 @@
-"""From tensors to launches: which kernel, how many programs, which sizes and compile-time choices.
-
-Everything but addresses follows from shapes, strides and options, so it is worked out once and kept as a ``Plan``;
-a later call of the same shape looks it up and launches the compiled kernel directly.
-"""
+"""From shapes to launches: which kernel, how many programs, which sizes and compile-time choices."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,15 +25,13 @@ from rmt_kernels.backends.triton.configs import (
     padded_width,
     splits,
 )
-from rmt_kernels.ops import Gradients, like
 from rmt_kernels.philox import threshold
 
-__all__ = ["Launch", "Shape", "backward", "backward_launches", "forward", "forward_launches"]
+__all__ = ["UNIT", "Launch", "Shape", "Strides", "backward_launches", "forward_launches"]
 
 MAX_PACK = 16  # the smallest tile of rows
 PREPARE_ROWS = 64  # rows of a program of prepare_kernel
 UNIT = 16  # bytes: what a thread loads at once, and what the copy engine asks addresses and strides to be multiples of
-_PLANS = 4096  # kept for each pass, then all are dropped
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -64,15 +55,15 @@ class Launch:
         tensors = self.described(tensors)
         if self.scratch:
             triton.set_allocator(_scratch)
-        # What Triton compiles depends on the numbers, which do not change here, and on aligned addresses, which may.
-        aligned = tuple([isinstance(tensor, Tensor) and tensor.data_ptr() % 16 == 0 for tensor in tensors])
-        compiled = self.compiled.get(aligned)
+        # What Triton compiles depends on the numbers, which do not change here, and on which tensors there are.
+        given = tuple([tensor is not None for tensor in tensors])
+        compiled = self.compiled.get(given)
         if compiled is not None:
             compiled[self.grid[0], self.grid[1], 1](*tensors, *self.numbers)
             return
         found = self.kernel[self.grid](*tensors, *self.numbers, num_warps=self.warps, num_stages=self.stages)
         if found is not None:  # the interpreter gives nothing
-            self.compiled[aligned] = found
+            self.compiled[given] = found
 
     def described(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
         """The tensors, those that the kernel fetches by blocks as descriptors."""
@@ -282,195 +273,3 @@ def backward_launches(
     )  # fmt: skip
     prepare = Launch(bwd.prepare_kernel, (-(-count // PREPARE_ROWS), 1), numbers, 4, 1) if count else None
     return prepare, [launch for launch in parts if launch.grid[0]]
-
-
-# -- the operators -----------------------------------------------------------------------------------------------------
-
-
-def _strides(tensor: Tensor) -> Strides | None:
-    """The tensor's strides as the kernels take them; None where its rows are not all aligned vectors of UNIT bytes."""
-    size = tensor.element_size()
-    shape, strides = tensor.shape, tensor.stride()
-    if (tensor.data_ptr() | shape[3] * size) % UNIT or (strides[3] != 1 and shape[3] > 1):
-        return None
-    found = [0, 0, 0]
-    for axis in range(3):
-        if shape[axis] > 1:
-            found[axis], rest = divmod(strides[axis] * size, UNIT)
-            if rest:
-                return None
-    return tuple(found)
-
-
-def _room(tensor: Tensor) -> Tensor:
-    """As the tensor, with zeros, and rows that are whole vectors."""
-    unit = UNIT // tensor.element_size()
-    return tensor.new_zeros(*tensor.shape[:3], -(-tensor.shape[3] // unit) * unit)
-
-
-class _Tensors:
-    """The tensors that a kernel reads and writes: as given, or stand-ins where their rows are not aligned.
-
-    Where one row's width is no multiple of UNIT bytes, none is: then every tensor has a stand-in, with zeros added to
-    each row, which change no result.
-    """
-
-    def __init__(self, read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
-        strides: list[int] = []
-        self.used: list[Tensor] = []
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # by the given one's id: one may be given twice
-        for index, tensor in enumerate((*read, *written)):
-            used, found = tensor, _strides(tensor)
-            if found is None:
-                _, used = self._copies.get(id(tensor)) or (tensor, _room(tensor))
-                found = _strides(used)
-                assert found is not None
-                if id(tensor) not in self._copies:
-                    self._copies[id(tensor)] = tensor, used
-                    if index < len(read):
-                        used[..., : tensor.shape[3]].copy_(tensor)
-            strides += found
-            self.used.append(used)
-        self.strides = tuple(strides)
-        self._written = {id(tensor) for tensor in written}
-
-    def finish(self) -> None:
-        """Copy results from their stand-ins."""
-        for name, (given, used) in self._copies.items():
-            if name in self._written:
-                given.copy_(used[..., : given.shape[3]])
-
-
-_SAME_DEVICE: AbstractContextManager[None] = nullcontext()
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _SAME_DEVICE
-    return torch.cuda.device(device)
-
-
-@lru_cache(maxsize=16)
-def _chip(device: torch.device) -> tuple[int, int]:
-    """Architecture and bytes of L2 cache."""
-    if device.type != "cuda":
-        return 0, 1 << 40
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor, int(properties.L2_cache_size)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
-
-
-_plans: dict[tuple[Any, ...], Any] = {}
-
-
-def _planned(make: Callable[..., Any], query: Tensor, key: Tensor, strides: Strides, *rest: Any) -> Any:
-    """``make``'s launches, kept by everything that they follow from."""
-    identity = (make, query.shape, key.shape[1], query.dtype, query.device, strides, *rest)
-    found = _plans.get(identity)
-    if found is None:
-        if len(_plans) >= _PLANS:
-            _plans.clear()
-        found = _plans[identity] = make(_shape(query, key, *rest), strides)
-    return found
-
-
-def _shape(
-    query: Tensor, key: Tensor, layout: tuple[int, ...], scale: float, dropout_p: float, precision: str, padded: bool,
-    apart: bool, started: bool,
-) -> Shape:  # fmt: skip
-    batch, heads, queries, head_dim = query.shape
-    return Shape(
-        layout, batch, heads, key.shape[1], queries, head_dim, query.dtype, precision, scale, dropout_p, padded, apart,
-        started, *_chip(query.device),
-    )  # fmt: skip
-
-
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, cache_key: Tensor | None, cache_value: Tensor | None,
-    token_lengths: Tensor | None, token_starts: Tensor | None, cache_starts: Tensor | None, query_start: Tensor | None,
-    seed: Tensor | None, relative_key: Tensor | None, content_bias: Tensor | None, position_bias: Tensor | None,
-    layout: list[int], scale: float, dropout_p: float, relative: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The operator ``rmt_kernels::forward``."""
-    with _on(query.device):
-        out = like(query)
-        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-        if out.numel() == 0:
-            return out, lse.fill_(float("-inf"))
-        caches = _caches(cache_key, cache_value)
-        # Without a cache of its own the keys stand in for it: the kernel then does not look there.
-        tensors = _Tensors((query, key, value, *(caches or (key, value))), (out,))
-        main, combine, chunks = _planned(
-            forward_launches, tensors.used[0], tensors.used[1], tensors.strides, tuple(layout), scale, dropout_p,
-            _precision(query.dtype), token_lengths is not None or token_starts is not None, caches is not None,
-            query_start is not None,
-        )  # fmt: skip
-        parts = None
-        if combine is not None:
-            parts = query.new_empty(lse.numel() * chunks * (tensors.used[0].shape[3] + 2), dtype=torch.float32)
-        main(
-            *tensors.used, lse, parts, token_lengths, token_starts, cache_starts, query_start,
-            seed if dropout_p > 0.0 else None,
-        )  # fmt: skip
-        if combine is not None:
-            combine(parts, tensors.used[5], lse)
-        tensors.finish()
-        return out, lse
-
-
-def _caches(cache_key: Tensor | None, cache_value: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """CACHE's tensors, where they are given and not empty."""
-    if cache_key is None or cache_value is None or cache_key.shape[2] == 0:
-        return None
-    return cache_key, cache_value
-
-
-def _backward_plan(shape: Shape, strides: Strides) -> tuple[Launch | None, list[Launch]]:
-    """``strides`` are those of query, key, value, cache key, cache value, grad_out, out, and five gradients."""
-    return backward_launches(shape, (*strides[:18], *strides[21:]), (*strides[18:21], *strides[15:18]))
-
-
-def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    cache_key: Tensor | None, cache_value: Tensor | None, token_lengths: Tensor | None, token_starts: Tensor | None,
-    cache_starts: Tensor | None, query_start: Tensor | None, seed: Tensor | None, relative_key: Tensor | None,
-    content_bias: Tensor | None, position_bias: Tensor | None, layout: list[int], scale: float, dropout_p: float,
-    relative: str,
-) -> Gradients:  # fmt: skip
-    """The operator ``rmt_kernels::backward``."""
-    with _on(query.device):
-        dq, dk, dv = like(query), like(key), like(value)
-        dck = query.new_empty(0) if cache_key is None else like(cache_key)
-        dcv = query.new_empty(0) if cache_value is None else like(cache_value)
-        if key.shape[0] * key.shape[1] * key.shape[3] == 0:
-            return dq, dk, dv, dck, dcv
-        caches = _caches(cache_key, cache_value)
-        tensors = _Tensors(
-            (query, key, value, *(caches or (key, value)), grad_out, out),
-            (dq, dk, dv, *((dck, dcv) if caches else (dk, dv))),
-        )
-        given, out, gradients = tensors.used[:6], tensors.used[6], tensors.used[7:]
-        prepare, parts = _planned(
-            _backward_plan, given[0], given[1], tensors.strides, tuple(layout), scale, dropout_p,
-            _precision(query.dtype), token_lengths is not None or token_starts is not None, caches is not None,
-            query_start is not None,
-        )  # fmt: skip
-        rows = query.new_empty(2 * lse.numel(), dtype=torch.float32)
-        spans = query.new_empty(4 * query.shape[0] * query.shape[2], dtype=torch.int32)
-        samples = (token_lengths, token_starts, cache_starts, query_start)
-        if prepare is not None:
-            grad_lse = None if grad_lse is None else grad_lse.contiguous()
-            prepare(out, given[5], lse, grad_lse, rows, spans, *samples)
-        for launch in parts:
-            launch(
-                *given, rows, spans, *gradients, *samples, seed if dropout_p > 0.0 else None, given[0], given[5],
-                given[1], given[2],
-            )  # fmt: skip
-        tensors.finish()
-        return dq, dk, dv, dck, dcv

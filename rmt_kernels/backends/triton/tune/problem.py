@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from rmt_kernels.backends.triton import launch
+from rmt_kernels.backends.triton import launch, operators
 from rmt_kernels.backends.triton.configs import Backward
 from rmt_kernels.backends.triton.resources import Variant, specialize
 from rmt_kernels.backends.triton.tune.candidates import DTYPES, Config, Key, label
@@ -135,10 +135,10 @@ class Problem:
             "seed": self._seed, "layout": list(self.case.layout.ints), "scale": self.key.width**-0.5,
             "dropout_p": self._dropout, "relative": "",
         }  # fmt: skip
-        operator: Callable[..., tuple[Tensor, ...]] = launch.forward
+        operator: Callable[..., tuple[Tensor, ...]] = operators.forward
         chooser, names = "forward_config", _RESULTS
         if isinstance(config, Backward):
-            operator, chooser, names = launch.backward, "backward_config", _GRADIENTS
+            operator, chooser, names = operators.backward, "backward_config", _GRADIENTS
             given |= {"grad_out": self._grad, **self._forward}
         arguments = dict.fromkeys(signature(operator).parameters) | given
 
@@ -148,7 +148,7 @@ class Problem:
         with (
             _products(self.key.kind),
             mock.patch.object(launch, chooser, return_value=config),
-            mock.patch.object(launch, "_plans", {}),  # which are made for the configuration in the table
+            mock.patch.object(operators, "_plans", {}),  # which are made for the configuration in the table
             mock.patch.object(launch.Launch, "__call__", note),
         ):
             return steps, dict(zip(names, operator(**arguments), strict=False))
