@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,3 +156,8 @@ def test_the_gate_is_given_every_row(name: str, arch: int) -> None:
 def test_no_kernel_is_compiled_twice(name: str) -> None:
     codes = [(kernel, code) for kernel, _, _, _, code in listed(name, 90)]
     assert len(codes) == len(set(codes))
+
+
+def test_the_gate_is_strict_with_the_compiler_that_is_pinned() -> None:
+    pinned = Path(__file__).parents[1].joinpath("requirements-dev.txt").read_text()
+    assert f"triton=={configs.CHOSEN_WITH};" in pinned

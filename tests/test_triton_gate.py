@@ -161,6 +161,16 @@ def test_each_limit_is_checked_by_itself(change: dict[str, Any], words: str) -> 
     assert words in broken[0]
 
 
+def test_another_compiler_may_spill_a_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = replace(_HEALTHY, stack=16, spilled=24, local_ops=6), replace(_HEALTHY, spilled=65)
+    monkeypatch.setattr(gate.triton, "__version__", gate.CHOSEN_WITH)  # type: ignore[attr-defined]
+    assert gate.violations(_VARIANT, 90, few)[0].startswith("spills: 16 bytes of stack, 24 bytes")
+    assert gate.violations(replace(_VARIANT, spills=24), 90, few) == ()
+    monkeypatch.setattr(gate.triton, "__version__", "3.6.0")  # type: ignore[attr-defined]
+    assert gate.violations(_VARIANT, 90, few) == ()
+    assert "65 bytes stored and loaded" in gate.violations(_VARIANT, 90, many)[0]
+
+
 def test_registers_beyond_a_threads_limit() -> None:
     broken = gate.violations(replace(_VARIANT, programs=1), 90, replace(_HEALTHY, registers=256))
     assert broken[0] == "256 registers a thread, limit 255"

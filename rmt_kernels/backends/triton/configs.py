@@ -16,10 +16,11 @@ from functools import cache
 import torch
 
 __all__ = [
-    "BACKWARD", "CALLS", "FORWARD", "KINDS", "LENGTHS", "SPLIT_KEYS", "WIDTHS", "Backward", "Row", "Tile",
-    "backward_config", "calls", "forward_config", "kind", "length", "padded_width", "splits",
+    "BACKWARD", "CALLS", "CHOSEN_WITH", "FORWARD", "KINDS", "LENGTHS", "SPLIT_KEYS", "WIDTHS", "Backward", "Row",
+    "Tile", "backward_config", "calls", "forward_config", "kind", "length", "padded_width", "splits",
 ]  # fmt: skip
 
+CHOSEN_WITH = "3.7.1"  # the version of Triton whose reports the rows were chosen by
 SPLIT_KEYS = 512  # keys of a chunk where they are split over programs: a multiple of every tile
 _FEW, _SHORT = 16, 1024  # packed rows
 WIDTHS, KINDS, LENGTHS = (16, 32, 64, 128, 256), ("half", "tf32", "float32"), ("few", "short", "long")
@@ -96,7 +97,7 @@ FORWARD: tuple[Row, ...] = (
     Row(80, 256, "half", "few", Tile(16, 32, 4, 3), "32 KiB of loads in flight a program"),
     # sm_100: sums and scores lie in tensor memory
     Row(100, 64, "half", "any", Tile(64, 64, 4, 2, programs=2), "128 rows spill", "extras"),
-    Row(100, 64, "half", "short", Tile(64, 64, 4, 2, programs=4), "twice as many programs as of 128 rows, 4 on an SM"),
+    Row(100, 64, "half", "short", Tile(64, 64, 4, 2, programs=3), "twice as many programs as of 128 rows, 3 on an SM"),
     Row(100, 64, "half", "long", Tile(128, 64, 4, 3, True, programs=2),
         "2 programs on an SM: one's exponentials fill the other's products"),
     Row(100, 128, "half", "any", Tile(64, 64, 8, 2), _DRAWS, "extras"),
