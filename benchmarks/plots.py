@@ -160,6 +160,11 @@ def draw(results: dict[str, Any], folder: Path) -> dict[str, Path]:
         "Published cases": ("published", _ratios(results)),
         "Errors against float64": ("errors", _errors(results)),
     }
+    return write(figures, folder)
+
+
+def write(figures: dict[str, tuple[str, Figure | None]], folder: Path) -> dict[str, Path]:
+    """Write figures, given by captions and names of files, to ``folder``; the captions and files of those there are."""
     files = {}
     for caption, (name, figure) in figures.items():
         if figure is not None:

@@ -10,6 +10,7 @@ import argparse
 import base64
 import html
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,22 @@ def render(results: dict[str, Any], folder: Path) -> Path:
     model = folder / "language_model.png"
     if "language_model" in results and model.exists():
         pictures["A language model on real text: the two loss curves"] = model
-    tables, where = _tables(results), summary_lines(results)
+    tables = _tables(results)
+    return write("rmt_kernels: benchmark report", summary_lines(results), tables[:1], pictures, tables[1:], folder)
 
-    md = ["# rmt_kernels: benchmark report", "", *(f"- {line}" for line in where), ""]
+
+def write(
+    title: str, where: Sequence[str], first: Sequence[Table], pictures: Mapping[str, Path], rest: Sequence[Table],
+    folder: Path,
+) -> Path:  # fmt: skip
+    """Write report.html and report.md to ``folder``: what was measured where, tables, pictures, more tables."""
+    md = [f"# {title}", "", *(f"- {line}" for line in where), ""]
     page = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>rmt_kernels: benchmark report</title>",
-        f"<style>{_STYLE}</style><h1>rmt_kernels: benchmark report</h1>",
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title>",
+        f"<style>{_STYLE}</style><h1>{title}</h1>",
         "<p class='where'>" + "<br>".join(html.escape(line) for line in where) + "</p>",
     ]
-    for table in tables[:1]:
+    for table in first:
         md.append(table.markdown() + "\n")
         page.append(table.html())
     for caption, file in pictures.items():
@@ -80,7 +88,7 @@ def render(results: dict[str, Any], folder: Path) -> Path:
         page.append(
             f"<h2>{html.escape(caption)}</h2>\n<img alt='{html.escape(caption)}' src='data:image/png;base64,{data}'>"
         )
-    for table in tables[1:]:
+    for table in rest:
         md.append(table.markdown() + "\n")
         page.append(table.html())
     (folder / "report.md").write_text("\n".join(md), encoding="utf-8")

@@ -12,8 +12,9 @@ from benchmarks.cases import PUBLISHED
 from benchmarks.cases import Case as PublishedCase
 from rmt_kernels import SegmentLayout
 from rmt_kernels.backends import cpu
+from rmt_kernels.reference import segment_mask
 from tests.draws import NAMED, draw
-from tests.suite import BACKENDS, BF16, F32, KERNELS, Backend, Case, check, make, on_backend, refusal, results
+from tests.suite import BACKENDS, BF16, F32, KERNELS, Backend, Case, Problem, check, make, on_backend, refusal, results
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 FAST, MANY = range(60), range(60, 600)
@@ -100,6 +101,98 @@ def test_kernels_serve_everything(backend: Backend) -> None:
 
 
 CACHED = SegmentLayout.rmt_decoder(97, 8, cache=65)
+
+
+@backends(KERNELS)
+@pytest.mark.parametrize("how", ["column", "expanded"])
+def test_lengths_lie_in_memory_as_they_like(how: str, backend: Backend) -> None:
+    dense = make(Case(CACHED, batch=3, kv_heads=1, padding="right", stale=True), backend.device)
+    strided = replace(dense, options=dict(dense.options))
+    for name, value in (("token_lengths", 40), ("cache_starts", 9)):
+        if how == "expanded":
+            strided.options[name] = torch.tensor([value], dtype=torch.int32, device=backend.device).expand(3)
+            dense.options[name] = strided.options[name].contiguous()
+        else:
+            strided.options[name] = torch.stack([dense.options[name]] * 4, dim=1)[:, 1]
+    assert not strided.options["token_lengths"].is_contiguous()
+    expected, found = (results(problem, on_backend(backend.name)) for problem in (dense, strided))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@backends(KERNELS)
+def test_a_window_without_end(backend: Backend) -> None:
+    """The largest window there is hides nothing."""
+    plain = make(Case(SegmentLayout.rmt_decoder(130, 0), batch=1, kv_heads=1), backend.device)
+    endless = make(Case(SegmentLayout.rmt_decoder(130, 0, window=2**31 - 1), batch=1, kv_heads=1), backend.device)
+    expected, found = (results(problem, on_backend(backend.name)) for problem in (plain, endless))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def unused(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of padding (batch, 1, queries), and keys that are padding, stale or in the future (batch, 1, keys)."""
+    layout, options, batch = problem.case.layout, problem.options, problem.case.batch
+
+    def given(name: str, default: int) -> torch.Tensor:
+        value = options.get(name)
+        return (torch.full((batch,), default) if value is None else value.cpu())[:, None]
+
+    mask, _ = segment_mask(
+        layout, batch, torch.device("cpu"),
+        **{name: None if options.get(name) is None else options[name].cpu() for name in
+           ("token_lengths", "token_starts", "cache_starts", "query_start")},
+    )  # fmt: skip
+    key = torch.arange(layout.num_keys)[None]
+    token = key - layout.key_size("cache") - layout.key_size("read")
+    last = given("token_lengths", layout.tokens)
+    if problem.case.start:
+        last = given("query_start", 0) + layout.num_queries
+    of_tokens = (token >= 0) & (token < layout.key_size("tokens"))
+    keys = (key < given("cache_starts", 0)) | (of_tokens & ((token < given("token_starts", 0)) | (token >= last)))
+    assert not (mask & keys[:, None]).any()
+    return (~mask.any(dim=2))[:, None].to(problem.inputs["query"].device), keys[:, None].to(
+        problem.inputs["key"].device
+    )
+
+
+@backends(KERNELS)
+@pytest.mark.parametrize("dtype", [F32, torch.float16], ids=["f32", "f16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(SegmentLayout.rmt_decoder(140, 8), batch=4, kv_heads=1, padding="right"),
+        Case(SegmentLayout.causal(140, 8), batch=4, kv_heads=1, group=3, padding="left", dropout_p=0.2),
+        Case(CACHED, batch=4, kv_heads=1, padding="right", stale=True, apart=True, head_dim=40),
+        Case(SegmentLayout.rmt_decoder(140, 8, cache=65, window=30), batch=4, kv_heads=1, padding="left", stale=True),
+        Case(SegmentLayout.rmt_encoder(140, 8), batch=4, kv_heads=1, padding="right"),
+        Case(SegmentLayout.membart(100, 32), batch=4, kv_heads=1, padding="right"),
+        Case(CACHED.decoding(3), batch=4, kv_heads=1, group=2, start=True, stale=True),
+    ],
+    ids=lambda case: case.label,
+)
+def test_what_nobody_sees_may_hold_anything(case: Case, dtype: torch.dtype, backend: Backend) -> None:
+    """Padding, stale and future keys, and rows of padding: NaN there changes no bit of any result."""
+    case = replace(case, dtype=dtype)
+    clean, dirty = make(case, backend.device), make(case, backend.device)
+    reason = refusal(backend.name, clean, True)
+    if reason is not None:
+        pytest.skip(reason)
+    assert clean.grad_lse is not None
+    assert dirty.grad_lse is not None
+    assert dirty.grad_out is not None
+    blind, unseen = unused(clean)
+    assert blind.any() or unseen.any()
+    size = case.layout.key_size("cache") if case.apart else 0
+    hidden = {
+        "query": blind, "key": unseen[..., size:], "value": unseen[..., size:], "cache_key": unseen[..., :size],
+        "cache_value": unseen[..., :size],
+    }  # fmt: skip
+    for name, tensor in dirty.inputs.items():
+        tensor.masked_fill_(hidden[name][..., None], float("nan"))
+    dirty.grad_out.masked_fill_(blind[..., None], float("nan"))
+    dirty.grad_lse.masked_fill_(blind, float("nan"))
+    expected, found = results(clean, on_backend(backend.name)), results(dirty, on_backend(backend.name))
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
 
 
 @backends(KERNELS)

@@ -195,6 +195,43 @@ def test_split_keys_are_combined(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made[1].grid == (case.batch * case.kv_heads * case.group * 2, 1)
 
 
+def test_more_chunks_than_are_combined_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = TRITON.version(NAMED["split, decoding f16"])
+    tile = Tile(16, 64, 4, 2)
+    whole, _ = configured(monkeypatch, case, tile, Backward(tile, tile, True))
+    monkeypatch.setattr(launch, "COMBINED", 2)
+    halves, made = configured(monkeypatch, case, tile, Backward(tile, tile, True))
+    assert made[1].numbers[-1] == 2
+    check(case, halves)
+    torch.testing.assert_close(halves["lse"], whole["lse"])
+
+
+@pytest.mark.parametrize(
+    "layout", [SegmentLayout(tokens=40, keys=()), SegmentLayout.rmt_decoder(40, 4).last(0)], ids=str
+)
+def test_descriptors_of_nothing(monkeypatch: pytest.MonkeyPatch, layout: SegmentLayout) -> None:
+    tile = Tile(32, 32, 4, 2, descriptors=True)
+    case = Case(layout, kv_heads=1, dtype=F16)
+    found, made = configured(monkeypatch, case, tile, Backward(tile, tile, descriptors=True))
+    assert not any(each.blocks for each in made)
+    assert (found["out"] == 0).all()
+
+
+def test_large_tensors_need_no_copies() -> None:
+    """Strides beyond 32 bits may be of samples and heads only."""
+    for shape in ((1, 32, 2**19, 128), (4, 2**10, 2**14, 128)):
+        assert operators._strides(torch.empty(shape, dtype=BF16, device="meta")) is not None
+    far = torch.empty((2, 2, 2**29, 8), dtype=BF16, device="meta").transpose(0, 2)  # rows far apart
+    assert operators._strides(far) is None
+
+
+@pytest.mark.parametrize("scale", [1e-46, -1e-300])
+def test_a_scale_that_is_none(scale: float) -> None:
+    case = Case(DECODER, kv_heads=1, dtype=F32)
+    tiny, none = (results(make(replace(case, scale=each), DEVICE), on_backend("triton")) for each in (scale, 0.0))
+    assert all(torch.equal(tiny[name], none[name]) for name in none)
+
+
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from benchmarks.gpu.targets import Record, Results, kernel_ratio, records_of, seconds
+from benchmarks.plots import write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -238,10 +239,4 @@ def draw(results: Results, folder: Path) -> dict[str, Path]:
         "Times faster": ("ratios", _ratios(results)),
         "Short segments": ("short", _short(results)),
     }
-    files = {}
-    for caption, (name, figure) in figures.items():
-        if figure is not None:
-            files[caption] = folder / f"{name}.png"
-            figure.savefig(files[caption], dpi=110)
-            plt.close(figure)
-    return files
+    return write(figures, folder)

@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import html
 import json
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.tables import stage_tables, status_table, summary_lines, target_table
-from benchmarks.report import _STYLE
+from benchmarks.report import write
 
 __all__ = ["main", "render", "terminal"]
 
@@ -41,28 +39,8 @@ def render(results: dict[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     pictures, missing = _pictures(results, folder)
     where = summary_lines(results) + ([missing] if missing else [])
-    md = [f"# {_TITLE}", "", *(f"- {line}" for line in where), ""]
-    page = [
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{_TITLE}</title>",
-        f"<style>{_STYLE}</style><h1>{_TITLE}</h1>",
-        "<p class='where'>" + "<br>".join(html.escape(line) for line in where) + "</p>",
-    ]
-    for table in (target_table(results), status_table(results)):
-        md.append(table.markdown() + "\n")
-        page.append(table.html())
-    for caption, file in pictures.items():
-        md.append(f"## {caption}\n\n![{caption}]({file.name})\n")
-        data = base64.b64encode(file.read_bytes()).decode()
-        page.append(
-            f"<h2>{html.escape(caption)}</h2>\n<img alt='{html.escape(caption)}' src='data:image/png;base64,{data}'>"
-        )
-    for table in stage_tables(results):
-        md.append(table.markdown() + "\n")
-        page.append(table.html())
-    (folder / "report.md").write_text("\n".join(md), encoding="utf-8")
-    report = folder / "report.html"
-    report.write_text("\n".join(page) + "</html>\n", encoding="utf-8")
-    return report
+    first = (target_table(results), status_table(results))
+    return write(_TITLE, where, first, pictures, stage_tables(results), folder)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from rmt_kernels import ops
 from rmt_kernels.layout import SegmentLayout
 
-__all__ = ["Call", "check_values"]
+__all__ = ["Call", "check_values", "run_kernels"]
 
 _CHECK = os.environ.get("RMT_KERNELS_CHECK", "0") == "1"
 
@@ -51,3 +52,14 @@ def check_values(call: Call) -> None:
     for name, values, most in limits:
         if values is not None and values.numel() and not 0 <= int(values.min()) <= int(values.max()) <= most:
             raise ValueError(f"{name} must be between 0 and {most}, got {values.tolist()}")
+
+
+def run_kernels(call: Call, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(out, lse)`` by the kernels that are registered under a name."""
+    cache_key, cache_value = call.cache or (None, None)
+    found: tuple[torch.Tensor, torch.Tensor] = ops.forward(
+        call.query, call.key, call.value, cache_key, cache_value, call.token_lengths, call.token_starts,
+        call.cache_starts, call.query_start, call.seed, None, None, None, call.layout.ints, call.scale, call.dropout_p,
+        "", name,
+    )  # fmt: skip
+    return found

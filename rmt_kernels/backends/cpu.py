@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 from rmt_kernels import ops
-from rmt_kernels.backends.call import Call
+from rmt_kernels.backends.call import Call, run_kernels
 
 __all__ = ["run", "supports", "why_missing"]
 
@@ -49,10 +49,4 @@ def supports(call: Call) -> str | None:
 
 def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)`` by the kernels."""
-    cache_key, cache_value = call.cache or (None, None)
-    found: tuple[torch.Tensor, torch.Tensor] = ops.forward(
-        call.query, call.key, call.value, cache_key, cache_value, call.token_lengths, call.token_starts,
-        call.cache_starts, call.query_start, call.seed, None, None, None, call.layout.ints, call.scale, call.dropout_p,
-        "", "cpu",
-    )  # fmt: skip
-    return found
+    return run_kernels(call, "cpu")

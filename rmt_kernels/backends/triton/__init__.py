@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rmt_kernels import ops
-from rmt_kernels.backends.call import Call, check_values
+from rmt_kernels.backends.call import Call, check_values, run_kernels
 
 __all__ = ["run", "supports", "why_missing"]
 
@@ -22,12 +22,20 @@ elif torch.version.hip is not None:
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+MAX_KEYS = 512 * 65535  # chunks of keys, in a grid's second dimension
 LEAST_CAPABILITY = (8, 0)
+_WIDE_SHARED = 160 << 10  # bytes of shared memory that tiles wider than 128 may take
 
 
 @torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
+def _shared(device: torch.device) -> int:
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 def supports(call: Call) -> str | None:
@@ -41,11 +49,18 @@ def supports(call: Call) -> str | None:
         return f"it computes in float32, bfloat16 and float16, got {dtype}"
     if call.query.shape[-1] > MAX_HEAD_DIM:
         return f"its largest head_dim is {MAX_HEAD_DIM}, got {call.query.shape[-1]}"
+    if call.layout.num_keys > MAX_KEYS:
+        return f"it serves up to {MAX_KEYS} keys, got {call.layout.num_keys}"
     if _INTERPRETED:
         return "Triton's interpreter computes bfloat16 products wrongly" if dtype is torch.bfloat16 else None
     capability = _capability(device)
     if capability < LEAST_CAPABILITY:
         return f"it needs a GPU of compute capability 8.0 or later, this one has {capability[0]}.{capability[1]}"
+    if call.query.shape[-1] > 128 and _shared(device) < _WIDE_SHARED:
+        return (
+            f"head_dim {call.query.shape[-1]} takes up to {_WIDE_SHARED >> 10} KiB of shared memory, this GPU has "
+            f"{_shared(device) >> 10}; up to 128 is served"
+        )
     return None
 
 
@@ -72,10 +87,4 @@ if not why_missing:
 def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)`` by the kernels."""
     check_values(call)
-    cache_key, cache_value = call.cache or (None, None)
-    found: tuple[torch.Tensor, torch.Tensor] = ops.forward(
-        call.query, call.key, call.value, cache_key, cache_value, call.token_lengths, call.token_starts,
-        call.cache_starts, call.query_start, call.seed, None, None, None, call.layout.ints, call.scale, call.dropout_p,
-        "", "triton",
-    )  # fmt: skip
-    return found
+    return run_kernels(call, "triton")

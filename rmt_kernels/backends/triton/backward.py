@@ -7,6 +7,7 @@ import triton.language as tl
 
 from rmt_kernels.backends.triton.forward import LAYOUT, SAMPLES, place, visible
 from rmt_kernels.backends.triton.tiles import (
+    fence_of,
     head_of,
     kept,
     keys_of,
@@ -44,7 +45,7 @@ LARGE = tl.constexpr(16777216.0)  # 2^24
 
 @triton.jit(
     do_not_specialize=(*LAYOUT, "q_heads", "queries", "count", "batch", "o_b", "o_h", "o_n", "do_b", "do_h", "do_n"),
-    do_not_specialize_on_alignment=(*SAMPLES[:4], "grad_lse_ptr"),
+    do_not_specialize_on_alignment=(*SAMPLES[:4], "lse_ptr", "grad_lse_ptr"),
 )
 def prepare_kernel(
     out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, rows_ptr, spans_ptr, token_lengths_ptr, token_starts_ptr,
@@ -99,7 +100,7 @@ def prepare_kernel(
 
 @triton.jit
 def _key_step(
-    dk, dv, k, v, key, own, tile, side, first, queries, first_head, b, seed, threshold, scale, keep_scale,
+    dk, dv, k, v, key, own, tile, side, padding, first, queries, first_head, b, seed, threshold, scale, keep_scale,
     ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr, PACK: tl.constexpr,
     GAPS: tl.constexpr, DESCRIBED: tl.constexpr, DROPOUT: tl.constexpr, SIGN: tl.constexpr,
     PRECISION: tl.constexpr, MASK: tl.constexpr,
@@ -108,6 +109,9 @@ def _key_step(
     so probabilities are the left operands of the products that follow, and can stay in registers."""
     query_ptr, grad_ptr, pivot_ptr, delta_ptr, span_ptr, span_size, q_n, q_h, do_n, do_h = side
     query, stays = tile_rows(tile, queries, ROWS, PACK)
+    if GAPS and MASK != "none":  # rows of padding may hold anything
+        first_token, begin, end, tail = padding
+        stays = stays & ((query < first_token) | (query >= begin)) & ((query < end) | (query >= tail))
     if DESCRIBED:
         q = query_ptr.load([b, first_head, tile * ROWS, 0]).reshape(ROWS, BLOCK_D)
     else:
@@ -143,6 +147,8 @@ def _key_step(
     else:
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
+    if MASK != "none":  # keys that no row sees may hold anything, and so dp
+        ds = tl.where(p == 0.0, 0.0, ds)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -178,6 +184,8 @@ def _key_gradients(
     dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
     end = tl.minimum(start + KEYS, num_keys)
     walk = row_walk(start, end, queries, layout, sample, ROWS // PACK, GAPS)
+    first_token = layout[7] - sample[3]
+    padding = (first_token, first_token + sample[0], first_token + sample[1], first_token + layout[12])
     own = key
     if OWN:
         own = _own_rows(key, queries, layout, sample)
@@ -197,20 +205,22 @@ def _key_gradients(
         )  # fmt: skip
         for i in range(0, open_count(walk)):
             dk, dv = _key_step(
-                dk, dv, k, v, key, own, open_tile(i, walk), side, sample[3], queries, first_head, b, seed, threshold,
-                scale, keep_scale, ROWS, KEYS, BLOCK_D, D, PACK, GAPS, DESCRIBED, DROPOUT, SIGN, PRECISION, "none",
+                dk, dv, k, v, key, own, open_tile(i, walk), side, padding, sample[3], queries, first_head, b, seed,
+                threshold, scale, keep_scale, ROWS, KEYS, BLOCK_D, D, PACK, GAPS, DESCRIBED, DROPOUT, SIGN, PRECISION,
+                "none",
             )  # fmt: skip
         for i in range(0, edge_count(walk)):
             dk, dv = _key_step(
-                dk, dv, k, v, key, own, edge_tile(i, walk), side, sample[3], queries, first_head, b, seed, threshold,
-                scale, keep_scale, ROWS, KEYS, BLOCK_D, D, PACK, GAPS, DESCRIBED, DROPOUT, SIGN, PRECISION, "interval",
+                dk, dv, k, v, key, own, edge_tile(i, walk), side, padding, sample[3], queries, first_head, b, seed,
+                threshold, scale, keep_scale, ROWS, KEYS, BLOCK_D, D, PACK, GAPS, DESCRIBED, DROPOUT, SIGN, PRECISION,
+                "interval",
             )  # fmt: skip
         if OWN:
             _, own_start, own_end = own_run(own, ROWS // PACK)
             for row_tile in range(own_start, own_end):
                 dk, dv = _key_step(
-                    dk, dv, k, v, key, own, row_tile, side, sample[3], queries, first_head, b, seed, threshold, scale,
-                    keep_scale, ROWS, KEYS, BLOCK_D, D, PACK, GAPS, DESCRIBED, DROPOUT, SIGN, PRECISION, "own",
+                    dk, dv, k, v, key, own, row_tile, side, padding, sample[3], queries, first_head, b, seed, threshold,
+                    scale, keep_scale, ROWS, KEYS, BLOCK_D, D, PACK, GAPS, DESCRIBED, DROPOUT, SIGN, PRECISION, "own",
                 )  # fmt: skip
     bad = tl.where(ok, 0.0, float("nan"))  # a sample out of range shows
     dk, dv = dk * (grad_scale * SIGN) + bad, dv * keep_scale + bad
@@ -220,7 +230,7 @@ def _key_gradients(
 
 @triton.jit
 def _query_step(
-    dq, q, grad, pivot, delta, keys, values, tile, limit, rows, draw, scale, keep_scale, KEYS: tl.constexpr,
+    dq, q, grad, pivot, delta, keys, values, tile, fence, rows, draw, scale, keep_scale, KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, APART: tl.constexpr,
     DESCRIBED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
@@ -228,8 +238,8 @@ def _query_step(
     MASKED: tl.constexpr = MASK != "none"
     start = tile * KEYS
     key = start + tl.arange(0, KEYS)
-    k = load_keys(keys, start, limit, KEYS, BLOCK_D, D, APART, DESCRIBED, MASKED)  # (KEYS, BLOCK_D)
-    v = load_keys(values, start, limit, KEYS, BLOCK_D, D, APART, DESCRIBED, MASKED)  # (KEYS, BLOCK_D)
+    k = load_keys(keys, start, fence, KEYS, BLOCK_D, D, APART, GAPS, DESCRIBED, MASKED)  # (KEYS, BLOCK_D)
+    v = load_keys(values, start, fence, KEYS, BLOCK_D, D, APART, GAPS, DESCRIBED, MASKED)  # (KEYS, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (ROWS, KEYS)
     p = tl.math.exp2(s * scale - pivot[:, None])
     if MASKED:
@@ -254,6 +264,7 @@ def _query_gradients(
     query, stays = tile_rows(tile, queries, ROWS, PACK)
     lo, hi, gap_lo, gap_hi, own = rows_of(query, stays, layout, sample, GAPS, OWN)
     limit, walk = key_walk(lo, hi, gap_lo, gap_hi, KEYS, GAPS)
+    fence = fence_of(layout, sample, limit)
     seeing = (lo < hi) | (own >= 0)
     q = load_rows(row_pointers(query_ptr, tile, q_n, q_h, ROWS, PACK), seeing, BLOCK_D, D, True)
     if SIGN != 1:
@@ -268,19 +279,20 @@ def _query_gradients(
     rows = (lo, hi, gap_lo, gap_hi, own)
     for i in range(0, open_count(walk)):
         dq = _query_step(
-            dq, q, grad, pivot, delta, keys, values, open_tile(i, walk), limit, rows, draw, scale, keep_scale, KEYS,
+            dq, q, grad, pivot, delta, keys, values, open_tile(i, walk), fence, rows, draw, scale, keep_scale, KEYS,
             BLOCK_D, D, GAPS, APART, DESCRIBED, DROPOUT, PRECISION, "none",
         )  # fmt: skip
     for i in range(0, edge_count(walk)):
         dq = _query_step(
-            dq, q, grad, pivot, delta, keys, values, edge_tile(i, walk), limit, rows, draw, scale, keep_scale, KEYS,
+            dq, q, grad, pivot, delta, keys, values, edge_tile(i, walk), fence, rows, draw, scale, keep_scale, KEYS,
             BLOCK_D, D, GAPS, APART, DESCRIBED, DROPOUT, PRECISION, "interval",
         )  # fmt: skip
     if OWN:
         last, own_start, own_end = own_run(own, KEYS)
+        fence = fence_of(layout, sample, last)
         for key_tile in range(own_start, own_end):
             dq = _query_step(
-                dq, q, grad, pivot, delta, keys, values, key_tile, last, rows, draw, scale, keep_scale, KEYS, BLOCK_D,
+                dq, q, grad, pivot, delta, keys, values, key_tile, fence, rows, draw, scale, keep_scale, KEYS, BLOCK_D,
                 D, GAPS, APART, DESCRIBED, DROPOUT, PRECISION, "own",
             )  # fmt: skip
     dq = tl.where(seeing[:, None], dq * grad_scale, 0.0) + tl.where(ok, 0.0, float("nan"))

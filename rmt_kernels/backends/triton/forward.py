@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from rmt_kernels.backends.triton.tiles import (
+    fence_of,
     head_of,
     kept,
     keys_of,
@@ -88,7 +89,7 @@ def visible(rows, key, MASK: tl.constexpr, GAPS: tl.constexpr):
 
 @triton.jit
 def _step(
-    acc, total, highest, q, keys, values, tile, limit, rows, draw, factor, coarse, KEYS: tl.constexpr,
+    acc, total, highest, q, keys, values, tile, fence, rows, draw, factor, coarse, KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, APART: tl.constexpr,
     DESCRIBED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +99,7 @@ def _step(
     MASKED: tl.constexpr = MASK != "none"
     start = tile * KEYS
     key = start + tl.arange(0, KEYS)
-    k = load_keys(keys, start, limit, KEYS, BLOCK_D, D, APART, DESCRIBED, MASKED)  # (KEYS, BLOCK_D)
+    k = load_keys(keys, start, fence, KEYS, BLOCK_D, D, APART, GAPS, DESCRIBED, MASKED)  # (KEYS, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (ROWS, KEYS)
     if MASKED:
         s = tl.where(visible(rows, key, MASK, GAPS), s, float("-inf"))
@@ -107,14 +108,14 @@ def _step(
     total = total * fade + tl.sum(p, 1)
     if DROPOUT:
         p = tl.where(kept(draw, start, KEYS), p, 0.0)
-    v = load_keys(values, start, limit, KEYS, BLOCK_D, D, APART, DESCRIBED, MASKED)  # (KEYS, BLOCK_D)
+    v = load_keys(values, start, fence, KEYS, BLOCK_D, D, APART, GAPS, DESCRIBED, MASKED)  # (KEYS, BLOCK_D)
     acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return acc, total, higher
 
 
 @triton.jit
 def _attend(
-    q, keys, values, rows, walk, limit, draw, factor, coarse, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    q, keys, values, rows, walk, fence, draw, factor, coarse, ROWS: tl.constexpr, KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr, D: tl.constexpr, GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr,
     DESCRIBED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     SPECIALIZE: tl.constexpr,
@@ -126,25 +127,26 @@ def _attend(
     if SPECIALIZE:  # the compiler splits loads and products over warps in a single loop only
         for i in tl.range(0, walk[1] - walk[0], warp_specialize=True):
             acc, total, highest = _step(
-                acc, total, highest, q, keys, values, walk[0] + i, limit, rows, draw, factor, coarse, KEYS, BLOCK_D, D,
+                acc, total, highest, q, keys, values, walk[0] + i, fence, rows, draw, factor, coarse, KEYS, BLOCK_D, D,
                 GAPS, APART, DESCRIBED, DROPOUT, PRECISION, "interval",
             )  # fmt: skip
     else:
         for i in range(0, open_count(walk)):
             acc, total, highest = _step(
-                acc, total, highest, q, keys, values, open_tile(i, walk), limit, rows, draw, factor, coarse, KEYS,
+                acc, total, highest, q, keys, values, open_tile(i, walk), fence, rows, draw, factor, coarse, KEYS,
                 BLOCK_D, D, GAPS, APART, DESCRIBED, DROPOUT, PRECISION, "none",
             )  # fmt: skip
         for i in range(0, edge_count(walk)):
             acc, total, highest = _step(
-                acc, total, highest, q, keys, values, edge_tile(i, walk), limit, rows, draw, factor, coarse, KEYS,
+                acc, total, highest, q, keys, values, edge_tile(i, walk), fence, rows, draw, factor, coarse, KEYS,
                 BLOCK_D, D, GAPS, APART, DESCRIBED, DROPOUT, PRECISION, "interval",
             )  # fmt: skip
         if OWN:
             last, start, end = own_run(rows[4], KEYS)
+            own_fence = (last, fence[1], fence[2], fence[3], fence[4], fence[5])
             for tile in range(start, end):
                 acc, total, highest = _step(
-                    acc, total, highest, q, keys, values, tile, last, rows, draw, factor, coarse, KEYS, BLOCK_D, D,
+                    acc, total, highest, q, keys, values, tile, own_fence, rows, draw, factor, coarse, KEYS, BLOCK_D, D,
                     GAPS, APART, DESCRIBED, DROPOUT, PRECISION, "own",
                 )  # fmt: skip
     return acc, total, highest
@@ -196,6 +198,7 @@ def forward_kernel(
         lo, hi = tl.where(lo < hi, lo, 0), tl.where(lo < hi, hi, 0)
         own = tl.where((own >= first_key) & (own < first_key + chunk), own, -1)
     limit, walk = key_walk(lo, hi, gap_lo, gap_hi, KEYS, GAPS)
+    fence = fence_of(layout, sample, limit)
 
     if SPECIALIZE:
         # The compiler halves the rows between two groups of warps, which only a descriptor made here can follow.
@@ -216,7 +219,7 @@ def forward_kernel(
     seed = load_or(seed_ptr, 0, 0)
     draw = (seed, threshold, query + sample[3], head, b)
     acc, total, highest = _attend(
-        q, keys, values, (lo, hi, gap_lo, gap_hi, own), walk, limit, draw, factor, coarse, ROWS, KEYS, BLOCK_D, D, GAPS,
+        q, keys, values, (lo, hi, gap_lo, gap_hi, own), walk, fence, draw, factor, coarse, ROWS, KEYS, BLOCK_D, D, GAPS,
         OWN, APART, DESCRIBED, DROPOUT, PRECISION, SPECIALIZE,
     )  # fmt: skip
 
@@ -241,27 +244,31 @@ def forward_kernel(
         tl.store(lse_ptr + row, lse, mask=stays)
 
 
-@triton.jit(do_not_specialize=("queries", "q_heads", "o_b", "o_h", "o_n"))
+@triton.jit(do_not_specialize=("queries", "q_heads", "chunks", "o_b", "o_h", "o_n"))
 def combine_kernel(
-    part_ptr, out_ptr, lse_ptr, o_b, o_h, o_n, q_heads, queries, factor, scale, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
+    part_ptr, out_ptr, lse_ptr, o_b, o_h, o_n, q_heads, queries, chunks, factor, scale, keep_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """One row of out and lse from the parts that ``forward_kernel`` stored for it."""
+    """One row of out and lse from the parts that ``forward_kernel`` stored for it, CHUNKS at a time."""
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    o_c, o_d = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
-    stays = o_c < CHUNKS
-    part = row * CHUNKS + o_c
-    sums = load_rows(part_ptr + part * D, stays, BLOCK_D, D, True)  # (BLOCK_C, BLOCK_D)
-    highs = tl.load(part_ptr + rows * (CHUNKS * D) + part, mask=stays, other=float("-inf"))
-    totals = tl.load(part_ptr + rows * (CHUNKS * (D + 1)) + part, mask=stays, other=0.0)
-    highest = tl.max(highs, 0)
-    weights = tl.math.exp2((highs - tl.where(highest == float("-inf"), 0.0, highest)) * factor)
-    total = tl.sum(weights * totals, 0)
+    o_d = tl.arange(0, BLOCK_D)
+    high_ptr = part_ptr + rows * chunks * D
+    acc, total, highest = tl.zeros([BLOCK_D], tl.float32), 0.0, float("-inf")
+    for start in range(0, chunks, CHUNKS):
+        chunk = start + tl.arange(0, CHUNKS)
+        stays, part = chunk < chunks, row * chunks + chunk
+        sums = load_rows(part_ptr + part * D, stays, BLOCK_D, D, True)  # (CHUNKS, BLOCK_D)
+        highs = tl.load(high_ptr + part, mask=stays, other=float("-inf"))
+        totals = tl.load(high_ptr + rows * chunks + part, mask=stays, other=0.0)
+        higher = tl.maximum(highest, tl.max(highs, 0))
+        finite = tl.where(higher == float("-inf"), 0.0, higher)  # nothing is seen yet
+        weights, fade = tl.math.exp2((highs - finite) * factor), tl.math.exp2((highest - finite) * factor)
+        acc = acc * fade + tl.sum(weights[:, None] * sums, 0)
+        total = total * fade + tl.sum(weights * totals, 0)
+        highest = higher
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees nothing: highest is -inf
-    out = tl.sum(weights[:, None] * sums, 0) * (keep_scale / total)
-    lse = highest * scale + tl.log(total)
     query, head, b = row % queries, row // queries % q_heads, row // queries // q_heads
     UNIT: tl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
     pointers = head_of(out_ptr, b, head, o_b, o_h) + query * o_n * UNIT + o_d
-    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=o_d < D)
-    tl.store(lse_ptr + row, lse)
+    tl.store(pointers, (acc * (keep_scale / total)).to(out_ptr.dtype.element_ty), mask=o_d < D)
+    tl.store(lse_ptr + row, highest * scale + tl.log(total))

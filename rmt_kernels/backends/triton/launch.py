@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,9 @@ from rmt_kernels.philox import threshold
 
 __all__ = ["UNIT", "Launch", "Shape", "Strides", "backward_launches", "forward_launches"]
 
+COMBINED = 16  # chunks put together at a time
 MAX_PACK = 16  # the smallest tile of rows
+_LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 PREPARE_ROWS = 64  # rows of a program of prepare_kernel
 UNIT = 16  # bytes: what a thread loads at once, and what the copy engine asks addresses and strides to be multiples of
 
@@ -53,8 +56,16 @@ class Launch:
 
     def __call__(self, *tensors: Any) -> None:
         tensors = self.described(tensors)
-        if self.scratch:
-            triton.set_allocator(_scratch)
+        if self.scratch and torch.cuda.is_available():
+            copy_context().run(self._allocating, tensors)
+        else:
+            self._launch(tensors)
+
+    def _allocating(self, tensors: tuple[Any, ...]) -> None:
+        triton.set_allocator(_scratch)  # for this launch: the context is a copy
+        self._launch(tensors)
+
+    def _launch(self, tensors: tuple[Any, ...]) -> None:
         # What Triton compiles depends on the numbers, which do not change here, and on which tensors there are.
         given = tuple([tensor is not None for tensor in tensors])
         compiled = self.compiled.get(given)
@@ -99,6 +110,7 @@ class Shape:
     padded: bool  # token_lengths or token_starts given
     apart: bool  # CACHE given as tensors of its own
     started: bool  # query_start given
+    stale: bool  # cache_starts given
     arch: int  # compute capability times 10; 0 in the interpreter
     l2: int  # bytes of cache
 
@@ -146,17 +158,17 @@ class Shape:
 
     @property
     def sign(self) -> int:
-        return 0 if self.scale == 0.0 else 1 if self.scale > 0.0 else -1
+        return 0 if abs(self.scale) < _LEAST else 1 if self.scale > 0.0 else -1
 
     @property
     def size(self) -> float:
         """The scale without its sign; 1 where it is 0, since the kernels then take queries to be 0."""
-        return abs(self.scale) or 1.0
+        return abs(self.scale) if self.sign else 1.0
 
     @property
     def factor(self) -> float:
         """What makes a score, its sign aside, an exponent of 2."""
-        return self.size * math.log2(math.e)
+        return min(self.size * math.log2(math.e), _MOST)
 
     @property
     def threshold(self) -> int:
@@ -169,8 +181,10 @@ class Shape:
         return 1.0 / (1.0 - self.dropout_p)
 
     def described(self, wanted: bool, expanded: bool) -> bool:
-        """Whether tiles are fetched through descriptors: wanted, and every tile is rows of one dense tensor."""
-        return wanted and not (expanded or self.apart or self.own or self.started)
+        """Whether tiles are fetched through descriptors: wanted, and every tile is rows of one dense tensor that all
+        hold something."""
+        empty = self.keys == 0 or self.queries == 0
+        return wanted and not (empty or expanded or self.apart or self.own or self.started or self.padded or self.stale)
 
     def together(self, share: float) -> int:
         """Key/value heads whose keys and values fill ``share`` of the cache."""
@@ -220,8 +234,8 @@ def forward_launches(shape: Shape, strides: Strides, tile: Tile | None = None) -
         fwd.combine_kernel,
         (shape.batch * shape.heads * shape.queries, 1),
         (
-            *strides[-3:], shape.heads, shape.queries, shape.factor, shape.size, shape.keep_scale, shape.head_dim,
-            block_d, chunks, 1 << (chunks - 1).bit_length(),
+            *strides[-3:], shape.heads, shape.queries, chunks, shape.factor, shape.size, shape.keep_scale,
+            shape.head_dim, block_d, COMBINED,
         ),
         1,
         1,

@@ -89,8 +89,10 @@ def _strides(tensor: Tensor) -> Strides | None:
     if (tensor.data_ptr() | shape[3] * size) % UNIT or (strides[3] != 1 and shape[3] > 1):
         return None
     steps = [step * size if length > 1 else 0 for length, step in zip(shape[:3], strides, strict=False)]
-    # Products of a row's number and its stride in elements are of 32-bit factors.
-    return None if any(step % UNIT for step in steps) or max(strides) > _FAR else tuple(step // UNIT for step in steps)
+    # A row's number is multiplied with a stride of 32 bits, in elements.
+    if any(step % UNIT for step in steps) or steps[2] // size > _FAR:
+        return None
+    return tuple(step // UNIT for step in steps)
 
 
 def _room(tensor: Tensor) -> Tensor:
@@ -107,12 +109,14 @@ def _finish(results: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 def _shape(
     query: Tensor, key: Tensor, layout: tuple[int, ...], scale: float, dropout_p: float, precision: str, padded: bool,
-    apart: bool, started: bool,
+    apart: bool, started: bool, stale: bool,
 ) -> Shape:  # fmt: skip
     batch, heads, queries, head_dim = query.shape
+    if layout[5] >= layout[0] + layout[4]:  # a window that hides nothing
+        layout = (*layout[:5], 0, *layout[6:])
     return Shape(
         layout, batch, heads, key.shape[1], queries, head_dim, query.dtype, precision, scale, dropout_p, padded, apart,
-        started, *_chip(query.device),
+        started, stale, *_chip(query.device),
     )  # fmt: skip
 
 
@@ -129,24 +133,29 @@ def forward(
         if out.numel() == 0:
             return out, lse.fill_(float("-inf"))
         caches = _caches(cache_key, cache_value)
+        samples = _dense(token_lengths, token_starts, cache_starts, query_start)
         padded = token_lengths is not None or token_starts is not None
         # Without a cache of its own the keys stand in for it: the kernel then does not look there.
         (main, combine, chunks), tensors, results = _planned(
             forward_launches, (query, key, value, *(caches or (key, value))), (out,),
             (tuple(layout), scale, dropout_p, _precision(query.dtype), padded, caches is not None,
-             query_start is not None),
+             query_start is not None, cache_starts is not None),
         )  # fmt: skip
         parts = None
         if combine is not None:
             parts = query.new_empty(lse.numel() * chunks * (tensors[0].shape[3] + 2), dtype=torch.float32)
         main(
-            *tensors, lse, parts, token_lengths, token_starts, cache_starts, query_start,
-            seed if dropout_p > 0.0 else None,
+            *tensors, lse, parts, *samples, seed if dropout_p > 0.0 else None,
         )  # fmt: skip
         if combine is not None:
             combine(parts, tensors[5], lse)
         _finish(results)
         return out, lse
+
+
+def _dense(*values: Tensor | None) -> list[Tensor | None]:
+    """A number for each sample, side by side."""
+    return [value if value is None or value.is_contiguous() else value.contiguous() for value in values]
 
 
 def _caches(cache_key: Tensor | None, cache_value: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -176,20 +185,20 @@ def backward(
         if key.shape[0] * key.shape[1] * key.shape[3] == 0:
             return dq, dk, dv, dck, dcv
         caches = _caches(cache_key, cache_value)
+        samples = _dense(token_lengths, token_starts, cache_starts, query_start)
         padded = token_lengths is not None or token_starts is not None
         (prepare, parts), tensors, results = _planned(
             _backward_plan, (query, key, value, *(caches or (key, value)), grad_out, out),
             (dq, dk, dv, *((dck, dcv) if caches else (dk, dv))),
             (tuple(layout), scale, dropout_p, _precision(query.dtype), padded, caches is not None,
-             query_start is not None),
+             query_start is not None, cache_starts is not None),
         )  # fmt: skip
         given, out, gradients = tensors[:6], tensors[6], tensors[7:]
         rows = query.new_empty(2 * lse.numel(), dtype=torch.float32)
         spans = query.new_empty(4 * query.shape[0] * query.shape[2], dtype=torch.int32)
-        samples = (token_lengths, token_starts, cache_starts, query_start)
         if prepare is not None:
             grad_lse = None if grad_lse is None else grad_lse.contiguous()
-            prepare(out, given[5], lse, grad_lse, rows, spans, *samples)
+            prepare(out, given[5], lse.contiguous(), grad_lse, rows, spans, *samples)
         for launch in parts:
             launch(
                 *given, rows, spans, *gradients, *samples, seed if dropout_p > 0.0 else None, given[0], given[5],

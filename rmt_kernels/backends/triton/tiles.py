@@ -79,7 +79,7 @@ def row_pointers(base, tile, stride_n, stride_h, ROWS: tl.constexpr, PACK: tl.co
     if PACK == 1:
         return base + query.to(tl.int64) * (stride_n * UNIT)
     else:
-        return base + query.to(tl.int64) * (stride_n * UNIT) + (o % PACK).to(tl.int64) * (stride_h * UNIT)
+        return base + query.to(tl.int64) * (stride_n * UNIT) + (o % PACK).to(tl.int64) * stride_h * UNIT
 
 
 @triton.jit
@@ -174,6 +174,25 @@ def store_rows(pointers, block, stays, BLOCK_D: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def fence_of(layout, sample, limit):
+    """What ``load_keys`` needs to know of a sample's keys in ``[0, limit)`` that no row sees, whatever they hold: CACHE
+    before ``stale``, and two runs of TOKENS."""
+    begin, end, stale, _ = sample
+    head = layout[0] + layout[1]  # the first token key
+    return limit, stale, head, head + tl.minimum(begin, layout[2]), head + tl.minimum(end, layout[2]), head + layout[2]
+
+
+@triton.jit
+def alive(key, fence, GAPS: tl.constexpr):
+    """Which keys are there and hold something: neither stale nor padding, which may be NaN."""
+    limit, stale, head, begin, end, tail = fence
+    found = (key < limit) & (key >= stale)
+    if GAPS:
+        found = found & ((key < head) | (key >= begin)) & ((key < end) | (key >= tail))
+    return found
+
+
+@triton.jit
 def keys_of(base, cache_base, b, g, stride_b, stride_h, stride_n, cache_b, cache_h, cache_n, cache):
     """One head's keys, values or their gradients, as ``load_keys`` and ``pointers_at`` take them: the first ``cache``
     of them may lie in a tensor of their own."""
@@ -184,10 +203,10 @@ def keys_of(base, cache_base, b, g, stride_b, stride_h, stride_n, cache_b, cache
 
 @triton.jit
 def load_keys(
-    source, start, limit, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr, APART: tl.constexpr,
-    DESCRIBED: tl.constexpr, MASKED: tl.constexpr,
+    source, start, fence, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr, APART: tl.constexpr,
+    GAPS: tl.constexpr, DESCRIBED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(KEYS, BLOCK_D) keys or values from ``start`` on; where MASKED, those at ``limit`` or beyond are zeros.
+    """(KEYS, BLOCK_D) keys or values from ``start`` on; where MASKED, zeros in place of what ``fence`` keeps out.
 
     ``source`` is of ``keys_of`` or, where DESCRIBED, ``(descriptor, batch, head)``: the copy engine fetches the tile,
     and only rows beyond the tensor are zeros.
@@ -197,7 +216,7 @@ def load_keys(
         return descriptor.load([b, g, start, 0]).reshape(KEYS, BLOCK_D)
     else:
         key = start + tl.arange(0, KEYS)
-        return load_rows(pointers_at(source, key, APART), key < limit, BLOCK_D, D, MASKED)
+        return load_rows(pointers_at(source, key, APART), alive(key, fence, GAPS), BLOCK_D, D, MASKED)
 
 
 @triton.jit

@@ -157,7 +157,7 @@ def variants_of(
     layout = feature.layout(_FEW_KEYS if length == "few" else rows)
     if length == "few":
         layout = layout.last(rows)
-    given = {"padded": False, "apart": False, "started": False, **feature.changes}
+    given = {"padded": False, "apart": False, "started": False, "stale": False, **feature.changes}
     head_dim = width // 2 + 8 if feature.narrow else width
     shape = Shape(
         layout=layout.ints, batch=_BATCH, heads=_KV_HEADS * feature.group, kv_heads=_KV_HEADS,
