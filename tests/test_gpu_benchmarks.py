@@ -806,7 +806,7 @@ def test_the_suite_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     text = "import pytest, time\n@pytest.mark.parametrize('n', range(4))\ndef test_slow(n):\n    time.sleep(1.2)\n"
     first = _tests(tmp_path, text, "test_slow", seconds=1.0, shards=1)
     assert first["unfinished"] is True
-    assert 1 <= first["facts"]["counts"]["passed"] < 4
+    assert first["facts"]["counts"].get("passed", 0) < 4  # on a busy machine not one of them
     second = _tests(tmp_path, text, "test_slow", shards=1)
     assert second["unfinished"] is False
     assert second["facts"]["counts"] == {"passed": 4}

@@ -146,12 +146,13 @@ def test_copy_engine_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch, name: 
     described, made = configured(
         monkeypatch, CHANGED[name], replace(small, descriptors=True), Backward(small, small, descriptors=True)
     )
-    assert sum(bool(each.blocks) for each in made) == (1 if name == "grouped" else 3)
+    # Not where keys may hold nothing, and in the backward pass not with grouped heads.
+    assert sum(bool(each.blocks) for each in made) == {"padded": 0, "grouped": 1}.get(name, 3)
     for result in pointers:
         assert torch.equal(pointers[result], described[result]), result
 
 
-@pytest.mark.parametrize("name", ["plain", "padded", "window"])
+@pytest.mark.parametrize("name", ["plain", "window"])
 def test_warps_apart_for_loads(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """One loop in which every tile is masked, and queries through a descriptor as well."""
     if not INTERPRETED and torch.cuda.get_device_capability()[0] != 9:

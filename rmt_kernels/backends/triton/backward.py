@@ -7,6 +7,7 @@ import triton.language as tl
 
 from rmt_kernels.backends.triton.forward import LAYOUT, SAMPLES, place, visible
 from rmt_kernels.backends.triton.tiles import (
+    alive,
     fence_of,
     head_of,
     kept,
@@ -110,8 +111,7 @@ def _key_step(
     query_ptr, grad_ptr, pivot_ptr, delta_ptr, span_ptr, span_size, q_n, q_h, do_n, do_h = side
     query, stays = tile_rows(tile, queries, ROWS, PACK)
     if GAPS and MASK != "none":  # rows of padding may hold anything
-        first_token, begin, end, tail = padding
-        stays = stays & ((query < first_token) | (query >= begin)) & ((query < end) | (query >= tail))
+        stays = stays & ((query < padding[0]) | (query >= padding[1]))
     if DESCRIBED:
         q = query_ptr.load([b, first_head, tile * ROWS, 0]).reshape(ROWS, BLOCK_D)
     else:
@@ -147,8 +147,6 @@ def _key_step(
     else:
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
-    if MASK != "none":  # keys that no row sees may hold anything, and so dp
-        ds = tl.where(p == 0.0, 0.0, ds)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -166,26 +164,30 @@ def _own_rows(key, queries, layout, sample):
 
 @triton.jit
 def _key_gradients(
-    tile, b, g, keys, values, grad_keys, grad_values, query_ptr, grad_ptr, rows_ptr, spans_ptr, span_size, q_b, q_h,
-    q_n, do_b, do_h, do_n, layout, sample, ok, queries, kv_heads, row_count, seed, threshold, scale, grad_scale,
+    tile, b, g, limit, keys, values, grad_keys, grad_values, query_ptr, grad_ptr, rows_ptr, spans_ptr, span_size, q_b,
+    q_h, q_n, do_b, do_h, do_n, layout, sample, ok, queries, kv_heads, row_count, seed, threshold, scale, grad_scale,
     keep_scale, PACK: tl.constexpr, BLOCKS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr,
     DESCRIBED: tl.constexpr, DROPOUT: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one tile of keys and values, from every row that sees it. Where DESCRIBED, ``query_ptr`` and
-    ``grad_ptr`` are descriptors."""
+    """Gradients of one tile of keys and values, from every row that sees it; from ``limit`` on none does.
+    Where DESCRIBED, ``query_ptr`` and ``grad_ptr`` are descriptors."""
     num_keys = layout[0] + layout[1] + layout[2] + layout[3]
     start = tile * KEYS
     key = start + tl.arange(0, KEYS)
     exists = key < num_keys
-    k = load_rows(pointers_at(keys, key, APART), exists, BLOCK_D, D, True)  # (KEYS, BLOCK_D)
-    v = load_rows(pointers_at(values, key, APART), exists, BLOCK_D, D, True)  # (KEYS, BLOCK_D)
+    held = alive(key, fence_of(layout, sample, limit), GAPS)
+    k = load_rows(pointers_at(keys, key, APART), held, BLOCK_D, D, True)  # (KEYS, BLOCK_D)
+    v = load_rows(pointers_at(values, key, APART), held, BLOCK_D, D, True)  # (KEYS, BLOCK_D)
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
     end = tl.minimum(start + KEYS, num_keys)
     walk = row_walk(start, end, queries, layout, sample, ROWS // PACK, GAPS)
     first_token = layout[7] - sample[3]
-    padding = (first_token, first_token + sample[0], first_token + sample[1], first_token + layout[12])
+    left = sample[0] > 0
+    padding = (
+        first_token + tl.where(left, 0, sample[1]), first_token + tl.where(left, sample[0], layout[12])
+    )  # fmt: skip
     own = key
     if OWN:
         own = _own_rows(key, queries, layout, sample)
@@ -337,12 +339,16 @@ def backward_kernel(
         sample, ok = sample_of(
             b, queries, layout, token_lengths_ptr, token_starts_ptr, cache_starts_ptr, query_start_ptr
         )  # fmt: skip
+        limit = cache + read + tokens + write
+        if query_start_ptr is not None:  # keys of the future may hold anything
+            last = sample[3] - rows0 + queries - 1
+            limit = tl.minimum(limit, tl.maximum(hi1 + step1 * last, tl.where(own1 >= 0, own1 + last + 1, 0)))
         if DESCRIBED:
             walked_query, walked_grad = query_blocks, grad_out_blocks
         else:
             walked_query, walked_grad = query_ptr, grad_out_ptr
         _key_gradients(
-            tile, b, g, keys, values, grad_keys, grad_values, walked_query, walked_grad, rows_ptr, spans_ptr,
+            tile, b, g, limit, keys, values, grad_keys, grad_values, walked_query, walked_grad, rows_ptr, spans_ptr,
             heads // kv_heads * queries.to(tl.int64), q_b, q_h, q_n, do_b, do_h, do_n, layout, sample, ok, queries,
             kv_heads, row_count, seed, threshold, scale, grad_scale, keep_scale, PACK, BLOCKS, D, BLOCK_D, KEY_ROWS,
             KEY_KEYS, GAPS, OWN, APART, DESCRIBED, DROPOUT, SIGN, PRECISION,

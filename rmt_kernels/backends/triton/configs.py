@@ -71,7 +71,7 @@ class Row:
     length: str  # "few", "short", "long" or "any"
     config: Tile | Backward
     reason: str
-    calls: str = "any"  # "plain", "gaps" (padding or a window), "extras" (dropout, own keys, a cache apart) or "any"
+    calls: str = "any"  # what a call asks for: "plain", "gaps", "extras" (see ``calls``) or "any"
 
     def applies(self, arch: int, width: int, kind: str, length: str, calls: str) -> bool:
         return (
@@ -113,7 +113,8 @@ FORWARD: tuple[Row, ...] = (
         "2 programs on an SM: one's exponentials fill the other's products"),
     Row(90, 128, "half", "any", Tile(64, 32, 4, 2, programs=2), _DRAWS, "extras"),
     Row(90, 128, "half", "short", Tile(64, 64, 4, 2, programs=2), "2 programs on an SM"),
-    Row(90, 128, "half", "long", Tile(128, 128, 8, 2, True), "128 x 64 in 4 warps spills"),
+    Row(90, 128, "half", "long", Tile(128, 128, 8, 2, True), "128 x 64 in 4 warps spills", "plain"),
+    Row(90, 128, "half", "long", Tile(128, 64, 8, 2), "128 x 128 spills", "gaps"),
     Row(90, 256, "half", "any", Tile(64, 32, 8, 2), _TWICE, "extras"),
     Row(90, 256, "half", "short", Tile(64, 32, 8, 2), "64 rows fill the chip sooner; in 4 warps they spill"),
     Row(90, 256, "half", "long", Tile(128, 32, 8, 2), "as much as registers hold"),
@@ -124,7 +125,7 @@ FORWARD: tuple[Row, ...] = (
     Row(80, 128, "half", "any", Tile(32, 32, 4, 2, programs=2), _DRAWS, "extras"),
     Row(80, 128, "half", "short", Tile(64, 32, 4, 3, programs=2), "64 x 64 in 4 warps spills"),
     Row(80, 128, "half", "long", Tile(128, 32, 8, 3), "128 x 64 spills where rows have gaps"),
-    Row(80, 256, "half", "any", Tile(64, 32, 8, 1), _DRAWS, "extras"),
+    Row(80, 256, "half", "any", Tile(32, 32, 8, 1), _DRAWS, "extras"),
     Row(80, 256, "half", "any", Tile(64, 32, 8, 2), "128 rows spill"),
     # float32: operands of a product are held for all of its width
     Row(80, 64, "tf32", "any", Tile(64, 32, 4, 1, programs=2), "64 x 64 spills"),
@@ -206,8 +207,9 @@ def kind(dtype: torch.dtype, precision: str) -> str:
 
 
 def calls(gaps: bool, extras: bool) -> str:
-    """What kind of call it is: whether rows see intervals with gaps, and whether it asks for dropout, own keys outside
-    the interval, or a cache in tensors of its own."""
+    """What kind of call it is: whether more keys are hidden than by the layout (padding, a window, stale ones, those
+    behind ``query_start``); whether it asks for dropout, own keys outside the interval, or a cache of its own tensors.
+    """
     return "extras" if extras else "gaps" if gaps else "plain"
 
 

@@ -143,7 +143,7 @@ def _attend(
             )  # fmt: skip
         if OWN:
             last, start, end = own_run(rows[4], KEYS)
-            own_fence = (last, fence[1], fence[2], fence[3], fence[4], fence[5])
+            own_fence = (last, fence[1], fence[2], fence[3])
             for tile in range(start, end):
                 acc, total, highest = _step(
                     acc, total, highest, q, keys, values, tile, own_fence, rows, draw, factor, coarse, KEYS, BLOCK_D, D,

@@ -138,8 +138,8 @@ class Shape:
 
     @property
     def gaps(self) -> bool:
-        """Whether a row's interval may have a gap."""
-        return self.padded or self.layout[5] > 0
+        """Whether a row's interval may have a gap, or there are keys that hold nothing."""
+        return self.padded or self.stale or self.layout[5] > 0
 
     @property
     def own(self) -> bool:
@@ -154,7 +154,7 @@ class Shape:
     @property
     def calls(self) -> str:
         """Which rows of the table its options are for."""
-        return calls(self.gaps, self.dropout_p > 0.0 or self.own or self.apart)
+        return calls(self.gaps or self.started, self.dropout_p > 0.0 or self.own or self.apart)
 
     @property
     def sign(self) -> int:

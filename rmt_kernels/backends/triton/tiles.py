@@ -175,20 +175,22 @@ def store_rows(pointers, block, stays, BLOCK_D: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def fence_of(layout, sample, limit):
-    """What ``load_keys`` needs to know of a sample's keys in ``[0, limit)`` that no row sees, whatever they hold: CACHE
-    before ``stale``, and two runs of TOKENS."""
+    """What ``load_keys`` needs to know of a sample's keys in ``[0, limit)`` that hold nothing: CACHE before ``stale``,
+    and the run of TOKENS that is padding, at one end of them."""
     begin, end, stale, _ = sample
     head = layout[0] + layout[1]  # the first token key
-    return limit, stale, head, head + tl.minimum(begin, layout[2]), head + tl.minimum(end, layout[2]), head + layout[2]
+    left = begin > 0
+    start = head + tl.where(left, 0, tl.minimum(end, layout[2]))
+    return limit, stale, start, head + tl.where(left, tl.minimum(begin, layout[2]), layout[2])
 
 
 @triton.jit
 def alive(key, fence, GAPS: tl.constexpr):
     """Which keys are there and hold something: neither stale nor padding, which may be NaN."""
-    limit, stale, head, begin, end, tail = fence
-    found = (key < limit) & (key >= stale)
+    limit, stale, start, end = fence
+    found = key < limit
     if GAPS:
-        found = found & ((key < head) | (key >= begin)) & ((key < end) | (key >= tail))
+        found = found & (key >= stale) & ((key < start) | (key >= end))
     return found
 
 

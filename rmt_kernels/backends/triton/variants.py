@@ -61,8 +61,7 @@ _MOST: dict[str, Any] = {"group": 4, "narrow": True}
 FEATURES = {
     "plain": (
         Feature("plain"),
-        Feature("all of it", changes={"started": True}, **_MOST),
-        Feature("started", changes={"started": True}),
+        Feature("all of it", **_MOST),
         Feature("grouped by 3", group=3),
         Feature("grouped by 34", group=34),
         Feature("narrow", narrow=True),
@@ -70,6 +69,7 @@ FEATURES = {
     "gaps": (
         Feature("gaps", _window, {"padded": True}),
         Feature("gaps and all of it", _window, {"padded": True, "started": True}, **_MOST),
+        Feature("started", changes={"started": True}),
     ),
     "extras": (
         Feature("dropout", dropout=True),
