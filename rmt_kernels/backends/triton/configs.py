@@ -148,7 +148,7 @@ BACKWARD: tuple[Row, ...] = (
     # sm_100
     Row(100, 64, "half", "any", Backward(Tile(32, 64, 4, 2), Tile(64, 32, 4, 2)), _DRAWS, "extras"),
     Row(100, 64, "half", "long", Backward(Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)), "64 x 64 spills"),
-    Row(100, 64, "half", "any", Backward(Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), True), _ONE),
+    Row(100, 64, "half", "any", Backward(Tile(32, 64, 4, 3), Tile(64, 64, 4, 3), True), _ONE),
     Row(100, 128, "half", "any", Backward(Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)), _DRAWS, "extras"),
     Row(100, 128, "half", "long", Backward(Tile(32, 128, 8, 2), Tile(64, 64, 4, 2)), "most keys that fit"),
     Row(100, 128, "half", "any", Backward(Tile(32, 64, 4, 2), Tile(64, 32, 4, 2), True), _ONE),
@@ -162,8 +162,7 @@ BACKWARD: tuple[Row, ...] = (
     Row(90, 128, "half", "any", Backward(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)), _DRAWS, "extras"),
     Row(90, 128, "half", "long", Backward(Tile(32, 128, 8, 2), Tile(64, 64, 4, 2, programs=2)), _LEAN, "plain"),
     Row(90, 128, "half", "long", Backward(Tile(16, 64, 4, 2), Tile(64, 64, 4, 2, programs=2)), _LEAN, "gaps"),
-    Row(90, 128, "half", "any", Backward(Tile(16, 64, 4, 3, programs=2), Tile(64, 32, 4, 3), True), _ONE, "plain"),
-    Row(90, 128, "half", "any", Backward(Tile(32, 64, 8, 2), Tile(64, 32, 8, 2), True), "in 4 warps it spills", "gaps"),
+    Row(90, 128, "half", "any", Backward(Tile(16, 64, 4, 4, programs=2), Tile(64, 32, 4, 4), True), _ONE),
     Row(90, 256, "half", "any", Backward(Tile(32, 16, 8, 1), Tile(32, 32, 8, 1)), _DRAWS, "extras"),
     Row(90, 256, "half", "any", Backward(Tile(64, 32, 8, 1), Tile(64, 32, 8, 2)), _SUMS),
     # sm_80 and later
