@@ -107,7 +107,7 @@ def interpreted() -> dict[str, Any]:
         found[f"rmt_decoder(512, 16), {pack} heads to a tile"] = counts(COUNTED[0][1], None, 128, 64, pack)
     found["rmt_decoder(2048, 16), 64 x 64"] = counts(COUNTED[2][1], None, 64, 64)
     for width in (64, 128):
-        tile = forward_config(SM, width, HALF, "ieee", 2048, False)
+        tile = forward_config(SM, width, "half", "long", "plain")
         found[f"ladder {width}"] = counts(COUNTED[2][1], None, tile.rows, tile.keys)
     found["drawn"] = [order_of(layout, tokens, 64, 64) for _, layout, tokens in DRAWN]
     return found
@@ -158,7 +158,7 @@ def measure(variant: Any) -> dict[str, Any]:
 
 def compiled() -> dict[str, Any]:
     from rmt_kernels.backends.triton.resources import Variant, specialize
-    from rmt_kernels.backends.triton.variants import PLAIN, variants_of
+    from rmt_kernels.backends.triton.variants import FEATURES, variants_of
 
     half, ints = (torch.empty(16, dtype=dtype, device="meta") for dtype in (HALF, torch.int32))
     floats = torch.empty(16, device="meta")
@@ -169,12 +169,12 @@ def compiled() -> dict[str, Any]:
                                head_dim=width, label=""))  # fmt: skip
 
     def present(table: tuple[Row, ...], width: int, length: str) -> list[dict[str, Any]]:
-        row = next(row for row in table if row.applies(SM, width, "half", length, False))
-        return [measure(variant) for variant in variants_of(row, SM, length, width, HALF, PLAIN, False)]
+        row = next(row for row in table if row.applies(SM, width, "half", length, "plain"))
+        return [measure(variant) for variant in variants_of(row, SM, length, width, HALF, FEATURES["plain"][0])]
 
     found: dict[str, Any] = {}
     for width in (64, 128):
-        tile = forward_config(SM, width, HALF, "ieee", 2048, False)
+        tile = forward_config(SM, width, "half", "long", "plain")
         mask = torch.empty(16, dtype=torch.bool, device="meta")
         for step in ancestors.STEPS:
             found[f"ancestor {width} {step}"] = ancestor(
@@ -183,7 +183,7 @@ def compiled() -> dict[str, Any]:
             )  # fmt: skip
         for described in (False, True):
             row = Row(SM, width, "half", "long", replace(tile, descriptors=described), "")
-            (variant,) = variants_of(row, SM, "long", width, HALF, PLAIN, False)
+            (variant,) = variants_of(row, SM, "long", width, HALF, FEATURES["plain"][0])
             found[f"present {width} {'descriptors' if described else 'pointers'}"] = measure(variant)
         for length in ("few", "short", "long"):
             found[f"forward {width} {length}"] = present(FORWARD, width, length)
@@ -222,14 +222,14 @@ def asked() -> dict[str, Any]:
                 "clocks of products": 4 * seen * width // PRODUCTS, "of exponentials": seen // EXPONENTIALS,
             }  # fmt: skip
     keys, width, group = 8192, 64, 4
-    tile = forward_config(SM, width, HALF, "ieee", group, False)
+    tile = forward_config(SM, width, "half", "few", "plain")
     chunks, parts = splits(group, keys), splits(group, keys) * group * (width + 2) * 4
     found["decoding, 8,192 keys, 8 key/value heads, group 4"] = {
         "chunks": chunks, "programs": [8, 8 * chunks],
         "tiles one after another": [keys // tile.keys, keys // chunks // tile.keys],
         "keys and values kB of a head": 2 * keys * width * 2 / 1e3, "parts kB": parts / 1e3,
     }  # fmt: skip
-    config = backward_config(SM, width, HALF, "ieee", 544, False)
+    config = backward_config(SM, width, "half", "short", "plain")
     found["backward, 512 tokens, 16 heads"] = {
         "joint": config.joint, "programs": [16 * -(-544 // config.keys.keys), 16 * -(-544 // config.queries.rows)]
     }  # fmt: skip
@@ -323,7 +323,7 @@ def draw_ladder(plt: Any, found: dict[str, Any]) -> None:
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.tick_params(axis="y", length=0)
         ax.tick_params(axis="x", labelsize=9, labelcolor=INK)
-        tile = forward_config(SM, width, HALF, "ieee", 2048, False)
+        tile = forward_config(SM, width, "half", "long", "plain")
         shape = f"tiles of {tile.rows} x {tile.keys}, {tile.warps} warps"
         ax.set_title(f"head_dim {width}: {shape}", fontsize=10, color=INK, loc="left")
     axes[1].set_xlabel("thousand issue slots of one SM for one head", fontsize=9, color=INK)
