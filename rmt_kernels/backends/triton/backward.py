@@ -184,10 +184,8 @@ def _key_gradients(
     end = tl.minimum(start + KEYS, num_keys)
     walk = row_walk(start, end, queries, layout, sample, ROWS // PACK, GAPS)
     first_token = layout[7] - sample[3]
-    left = sample[0] > 0
-    padding = (
-        first_token + tl.where(left, 0, sample[1]), first_token + tl.where(left, sample[0], layout[12])
-    )  # fmt: skip
+    left, right = tl.minimum(sample[0], layout[12]), tl.minimum(sample[1], layout[12])
+    padding = first_token + tl.where(left > 0, 0, right), first_token + tl.where(left > 0, left, layout[12])
     own = key
     if OWN:
         own = _own_rows(key, queries, layout, sample)
