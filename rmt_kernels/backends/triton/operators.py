@@ -55,7 +55,7 @@ def _planned(
 ) -> tuple[Any, Sequence[Tensor], list[tuple[Tensor, Tensor]]]:
     """``make``'s launches, the tensors to launch them with, and pairs of results and what to copy them from.
 
-    ``read`` begins with query and key; ``options`` are the arguments of ``_shape``.
+    ``read`` begins with query and key; ``options`` are of ``_options``.
     """
     tensors = (*read, *written)
     addresses = 0
@@ -134,19 +134,15 @@ def forward(
             return out, lse.fill_(float("-inf"))
         caches = _caches(cache_key, cache_value)
         samples = _dense(token_lengths, token_starts, cache_starts, query_start)
-        padded = token_lengths is not None or token_starts is not None
         # Without a cache of its own the keys stand in for it: the kernel then does not look there.
         (main, combine, chunks), tensors, results = _planned(
             forward_launches, (query, key, value, *(caches or (key, value))), (out,),
-            (tuple(layout), scale, dropout_p, _precision(query.dtype), padded, caches is not None,
-             query_start is not None, cache_starts is not None),
+            _options(query, layout, scale, dropout_p, caches, *samples),
         )  # fmt: skip
         parts = None
         if combine is not None:
             parts = query.new_empty(lse.numel() * chunks * (tensors[0].shape[3] + 2), dtype=torch.float32)
-        main(
-            *tensors, lse, parts, *samples, seed if dropout_p > 0.0 else None,
-        )  # fmt: skip
+        main(*tensors, lse, parts, *samples, seed if dropout_p > 0.0 else None)
         if combine is not None:
             combine(parts, tensors[5], lse)
         _finish(results)
@@ -156,6 +152,17 @@ def forward(
 def _dense(*values: Tensor | None) -> list[Tensor | None]:
     """A number for each sample, side by side."""
     return [value if value is None or value.is_contiguous() else value.contiguous() for value in values]
+
+
+def _options(
+    query: Tensor, layout: list[int], scale: float, dropout_p: float, caches: tuple[Tensor, Tensor] | None,
+    token_lengths: Tensor | None, token_starts: Tensor | None, cache_starts: Tensor | None, query_start: Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What launches follow from besides shapes and strides: the last arguments of ``_shape``."""
+    return (
+        tuple(layout), scale, dropout_p, _precision(query.dtype), token_lengths is not None or token_starts is not None,
+        caches is not None, query_start is not None, cache_starts is not None,
+    )  # fmt: skip
 
 
 def _caches(cache_key: Tensor | None, cache_value: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -186,12 +193,10 @@ def backward(
             return dq, dk, dv, dck, dcv
         caches = _caches(cache_key, cache_value)
         samples = _dense(token_lengths, token_starts, cache_starts, query_start)
-        padded = token_lengths is not None or token_starts is not None
         (prepare, parts), tensors, results = _planned(
             _backward_plan, (query, key, value, *(caches or (key, value)), grad_out, out),
             (dq, dk, dv, *((dck, dcv) if caches else (dk, dv))),
-            (tuple(layout), scale, dropout_p, _precision(query.dtype), padded, caches is not None,
-             query_start is not None, cache_starts is not None),
+            _options(query, layout, scale, dropout_p, caches, *samples),
         )  # fmt: skip
         given, out, gradients = tensors[:6], tensors[6], tensors[7:]
         rows = query.new_empty(2 * lse.numel(), dtype=torch.float32)
