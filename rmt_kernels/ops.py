@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmt_kernels import tape
+
 __all__ = ["Gradients", "backward", "forward", "like", "register_kernels"]
 
 _SHARED = (
@@ -50,6 +52,9 @@ def register_kernels(
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    recorded = tape.current()
+    if recorded is not None:
+        return recorded.run(args[0], lambda: _FORWARD[args[-1]](*args[:-1]))
     return _FORWARD[args[-1]](*args[:-1])
 
 

@@ -1,0 +1,279 @@
+"""The driver's two bodies as CUDA graphs: captured for a segment's shape once, replayed for every segment.
+
+At batch 1 a segment of 512 tokens is over sooner than Python has launched its kernels. A graph launches them at once.
+The unit is one segment with fixed addresses: its inputs are copied in, the memory and its gradient are copied out, and
+gradients of parameters are added to ``.grad`` where they lie. Random numbers repeat because a graph takes the
+generator's state when it is replayed: both bodies begin with the same forward pass, from the same state.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmt_kernels.recurrence.chunks import without_value
+from rmt_kernels.recurrence.policies import Replay
+from rmt_kernels.recurrence.randomness import RandomState
+from rmt_kernels.recurrence.wrapper import RecurrentMemory, SegmentCall, Stretch
+
+__all__ = ["ReplayGraphs"]
+
+Run = Callable[[], None]
+Capture = Callable[[Run, Callable[[], None]], Run]
+
+
+class ReplayGraphs:
+    """Captured segments of one model, for ``replay_step(graphs=...)``. Keep it from step to step.
+
+    What it can't serve runs eagerly, with a RuntimeWarning that says why, once; :attr:`reasons` keeps them. Segments of
+    another shape, such as a short one, are captured on their own, up to ``shapes`` of them. Captured graphs are dropped
+    where a parameter has moved. ``.grad`` of every parameter is held by it, so ``zero_grad(set_to_none=True)`` frees
+    nothing.
+
+    Args:
+        shapes: how many shapes of segments are captured.
+        warmup: runs before a capture, on a stream of their own.
+
+    Raises:
+        ValueError: used with another model than the first one.
+    """
+
+    def __init__(self, *, shapes: int = 4, warmup: int = 3) -> None:
+        for name, value in (("shapes", shapes), ("warmup", warmup)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.shapes, self.warmup = shapes, warmup
+        self.reasons: list[str] = []
+        self._model: RecurrentMemory | None = None
+        self._bodies: dict[Any, _Bodies | None] = {}
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._places: tuple[Any, ...] = ()
+        self._pool: Any = None
+
+    # -- what replay_step calls ----------------------------------------------------------------------------------------
+
+    def begin(self, model: nn.Module, memory: Tensor, policy: Replay) -> bool:
+        """Whether this step can be served; gives every parameter its lasting ``.grad``."""
+        reason = self._objection(model, memory, policy)
+        if reason is not None:
+            self._explain(reason)
+            return False
+        assert isinstance(model, RecurrentMemory)
+        if self._model is not None and self._model is not model:
+            raise ValueError("graphs: these were captured for another model; make a ReplayGraphs for each")
+        self._model = model
+        places = tuple((t.data_ptr(), t.requires_grad) for t in (*model.parameters(), *model.buffers()))
+        if places != self._places:
+            self._places = places
+            self._bodies.clear()
+            self._gradients.clear()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                self._attach(parameter)
+        return True
+
+    def roll(self, call: SegmentCall, memory: Tensor) -> Tensor | None:
+        """The next memory, or None where the segment can't be served."""
+        bodies = self._bodies_for(call, memory)
+        return None if bodies is None else bodies.roll(call, memory)
+
+    def back(
+        self, call: SegmentCall, memory: Tensor, seed: Tensor, grad: Tensor | None, total: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """The next memory and the gradient of ``memory``; the loss is added to ``total``. None: can't be served."""
+        bodies = self._bodies_for(call, memory)
+        return None if bodies is None else bodies.back(call, memory, seed, grad, total)
+
+    # -- how -----------------------------------------------------------------------------------------------------------
+
+    def _objection(self, model: nn.Module, memory: Tensor, policy: Replay) -> str | None:
+        if memory.device.type != "cuda":
+            return f"CUDA graphs need a CUDA device, the model is on {memory.device}"
+        if not isinstance(model, RecurrentMemory) or hasattr(model, "set_requires_gradient_sync"):
+            return "graphs of data-parallel models are not captured: their gradients are averaged by hooks outside them"
+        if model.check_memory:
+            return "check_memory=True looks at values, which a graph can't"
+        if policy.recompute != "all":
+            return (
+                f"recompute={policy.recompute!r} records attention call by call, which a replayed graph does not make"
+            )
+        return None
+
+    def _explain(self, reason: str) -> None:
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+            warnings.warn(f"replay_step runs without CUDA graphs: {reason}", RuntimeWarning, stacklevel=4)
+
+    def _attach(self, parameter: nn.Parameter) -> None:
+        lasting = self._gradients.get(parameter)
+        if lasting is None:
+            lasting = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            self._gradients[parameter] = lasting
+        if parameter.grad is None:
+            lasting.zero_()
+        elif parameter.grad is not lasting:
+            lasting.copy_(parameter.grad)
+        parameter.grad = lasting
+
+    def _bodies_for(self, call: SegmentCall, memory: Tensor) -> _Bodies | None:
+        assert self._model is not None
+        call = replace(call, output=None)
+        try:
+            key = (_shape(call, memory), self._model.training, _autocast(memory.device.type))
+            hash(key)
+        except TypeError:
+            self._explain("the backbone's extra arguments hold something other than tensors and hashable values")
+            return None
+        if key not in self._bodies:
+            if len(self._bodies) >= self.shapes:
+                self._explain(
+                    f"{self.shapes} shapes of segments are captured already, ReplayGraphs(shapes=...) of them"
+                )
+                return None
+            try:
+                self._bodies[key] = _Bodies(self._model, call, memory, self._capture)
+            except RuntimeError as error:
+                self._bodies[key] = None
+                self._explain(f"a segment could not be captured: {error}")
+        return self._bodies[key]
+
+    def _capture(self, run: Run, reset: Run) -> Run:
+        """``run`` as a graph: warmed up, captured; gradients and random state are as before."""
+        assert self._model is not None
+        device = self._model.initial_memory.device
+        before = RandomState.now(device)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        try:
+            for parameter in self._gradients:
+                parameter.grad = None
+            with torch.cuda.stream(stream):
+                for _ in range(self.warmup):
+                    run()
+            torch.cuda.current_stream(device).wait_stream(stream)
+            for parameter, lasting in self._gradients.items():
+                parameter.grad = lasting
+            reset()
+            graph = torch.cuda.CUDAGraph()
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                run()
+        finally:
+            for parameter, lasting in self._gradients.items():
+                parameter.grad = lasting
+            before.restore()
+        replayed: Run = graph.replay
+        return replayed
+
+
+class _Bodies:
+    """Both bodies for segments of one shape, and the tensors at their fixed addresses."""
+
+    def __init__(self, model: RecurrentMemory, call: SegmentCall, memory: Tensor, capture: Capture) -> None:
+        self._model, self._grad_to_roll = model, model.compiled()
+        self._call = _map(call, torch.clone)
+        self._memory = memory.clone()
+        self._seed = torch.ones((), dtype=torch.float32, device=memory.device)
+        self._grad = torch.zeros_like(self._memory)
+        self._total = torch.zeros((), dtype=torch.promote_types(memory.dtype, torch.float32), device=memory.device)
+        self._new, self._grad_in = torch.empty_like(self._memory), torch.empty_like(self._memory)
+        self._leaf = self._memory.detach().requires_grad_()
+        self._make = capture
+        self._rolled: Run | None = None
+        self._backed: Run | None = None
+
+    def roll(self, call: SegmentCall, memory: Tensor) -> Tensor:
+        self._load(call, memory)
+        if self._rolled is None:
+            self._rolled = self._make(self._roll, self._reset)
+        self._rolled()
+        return self._new.clone()
+
+    def back(
+        self, call: SegmentCall, memory: Tensor, seed: Tensor, grad: Tensor | None, total: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        self._load(call, memory)
+        if self._backed is None:
+            self._backed = self._make(self._back, self._reset)
+        self._seed.copy_(seed)
+        if grad is None:
+            self._grad.zero_()
+        else:
+            self._grad.copy_(grad)
+        self._total.zero_()
+        self._backed()
+        total += self._total
+        return self._new.clone(), self._grad_in.clone()
+
+    def _load(self, call: SegmentCall, memory: Tensor) -> None:
+        for mine, given in zip(_tensors(self._call), _tensors(call), strict=True):
+            mine.copy_(given)
+        self._memory.copy_(memory)
+
+    def _reset(self) -> None:
+        self._leaf.grad = None
+        self._total.zero_()
+
+    def _roll(self) -> None:
+        call = replace(self._call, targets=None, factor=None)
+        with torch.set_grad_enabled(self._grad_to_roll):
+            found = self._model(Stretch((call,), (False,)), memory=self._memory)  # type: ignore[arg-type]
+        self._new.copy_(found.memory.detach())
+
+    def _back(self) -> None:
+        self._leaf.grad = None
+        with torch.enable_grad(), without_value(self._total):
+            loss, new, _ = self._model(Stretch((self._call,), (False,)), memory=self._leaf)  # type: ignore[arg-type]
+        roots, grads = [], []
+        if loss is not None:
+            self._total += loss.detach()
+            if loss.requires_grad:
+                roots, grads = [loss], [self._seed.to(loss.dtype)]
+        if new.requires_grad:
+            roots.append(new)
+            grads.append(self._grad)
+        with torch.autocast(self._memory.device.type, enabled=False):
+            torch.autograd.backward(roots, grads)
+        self._new.copy_(new.detach())
+        if self._leaf.grad is None:
+            self._grad_in.zero_()
+        else:
+            self._grad_in.copy_(self._leaf.grad)
+        self._leaf.grad = None
+
+
+def _tensors(call: SegmentCall) -> list[Tensor]:
+    """The tensors of a call."""
+    extra = [value for value in call.extra.values() if isinstance(value, Tensor)]
+    loss = [tensor for tensor in (*(call.targets or ()), call.factor) if tensor is not None]
+    return [tensor for tensor in (call.inputs, call.counts, *extra, *loss) if tensor is not None]
+
+
+def _map(call: SegmentCall, function: Callable[[Tensor], Tensor]) -> SegmentCall:
+    return replace(
+        call,
+        inputs=function(call.inputs),
+        counts=None if call.counts is None else function(call.counts),
+        targets=None if call.targets is None else tuple(function(target) for target in call.targets),
+        factor=None if call.factor is None else function(call.factor),
+        extra={k: function(v) if isinstance(v, Tensor) else v for k, v in call.extra.items()},
+    )
+
+
+def _shape(call: SegmentCall, memory: Tensor) -> tuple[Any, ...]:
+    """What has to be equal for a captured segment to serve this one."""
+    tensors = tuple((tuple(t.shape), t.dtype) for t in (*_tensors(call), memory))
+    fixed = tuple((name, None if isinstance(value, Tensor) else value) for name, value in sorted(call.extra.items()))
+    return tensors, call.counts is None, call.targets is None, call.layout, fixed
+
+
+def _autocast(kind: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -1,0 +1,115 @@
+"""The loop over segments under autograd, and its default engine: a checkpoint around each segment.
+
+``torch.utils.checkpoint`` (non-reentrant) drops a segment's activations, keeps the memory that entered it and the
+random state, and runs it again in the backward pass. Under DistributedDataParallel and FSDP2 it needs no arrangements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rmt_kernels.recurrence.chunks import without_value
+from rmt_kernels.recurrence.policies import Policy, Replay
+from rmt_kernels.recurrence.randomness import RandomState
+from rmt_kernels.tape import Tape
+
+__all__ = ["Cell", "activation_bytes", "no_attention", "run"]
+
+# (segment number, the memory entering it) to (its share of the loss, the next memory, what to put out of it)
+Cell = Callable[[int, Tensor], tuple[Tensor | None, Tensor, Any]]
+
+
+def run(
+    cell: Cell, memory: Tensor, count: int, policy: Policy, kept: int, order: Iterable[int]
+) -> tuple[Tensor | None, Tensor, list[Any]]:
+    """All segments in turn: their summed loss (None: no segment has one), the last memory, what each put out.
+
+    Args:
+        cell: one segment.
+        memory: entering the first one.
+        count: number of segments.
+        policy: what is cut off and recomputed.
+        kept: under Replay, how many of the last segments are not recomputed.
+        order: ``range(count)``, perhaps showing progress.
+    """
+    total: Tensor | None = None
+    outputs = []
+    replay = policy if isinstance(policy, Replay) and torch.is_grad_enabled() else None
+    for s in order:
+        if policy.cuts(s, count):
+            memory = memory.detach()
+        if replay is not None and s < count - kept:
+            loss, memory, output = _replayed(cell, s, memory, replay)
+        else:
+            loss, memory, output = cell(s, memory)
+        if loss is not None:
+            total = loss if total is None else total + loss
+        outputs.append(output)
+    return total, memory, outputs
+
+
+def _replayed(cell: Cell, s: int, memory: Tensor, replay: Replay) -> tuple[Tensor | None, Tensor, Any]:
+    """One segment in a checkpoint. Only the memory is its argument: whatever else it reads is not kept for it."""
+    tape = Tape() if replay.recompute == "except_attention" else None
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        if tape is None:
+            return nullcontext(), without_value()
+        return _counted(tape), _both(without_value(), tape.replaying())
+
+    elsewhere = nullcontext() if not replay.offload else torch.autograd.graph.save_on_cpu(_pin())
+    with elsewhere:
+        found: tuple[Tensor | None, Tensor, Any] = checkpoint(
+            lambda entering: cell(s, entering), memory, use_reentrant=False, context_fn=contexts
+        )
+    return found
+
+
+def _pin() -> bool:
+    return torch.cuda.is_available()
+
+
+@contextmanager
+def _both(first: AbstractContextManager[None], second: AbstractContextManager[None]) -> Iterator[None]:
+    with first, second:
+        yield
+
+
+@contextmanager
+def _counted(tape: Tape) -> Iterator[None]:
+    with tape.recording():
+        yield
+    if not len(tape):
+        raise no_attention()
+
+
+def no_attention() -> ValueError:
+    """What is wrong where there is no attention to be kept."""
+    return ValueError(
+        "recompute='except_attention' keeps the attention of rmt_kernels' own kernels, and the segment calls none; use "
+        "rmt_kernels.segment_attention with a backend other than 'stock' and 'reference', or recompute='all'"
+    )
+
+
+def activation_bytes(cell: Cell, memory: Tensor, known: Iterable[Tensor]) -> int:
+    """Bytes that the graph of segment 0 keeps beyond what is ``known``, parameters and inputs: one forward pass."""
+    known_storages = {tensor.untyped_storage().data_ptr() for tensor in (memory, *known)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known_storages:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with RandomState.now(memory.device).again(), torch.enable_grad():
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            found = cell(0, memory)
+        del found
+    return sum(kept.values())
