@@ -56,6 +56,11 @@ def chunked(
     if len(hidden) <= rows:
         return _loss(total, head, hidden, labels) * factor
     weights = [p for p in head.parameters() if p.requires_grad] if isinstance(head, nn.Module) else []
+    if any(hasattr(weight, "placements") for weight in weights):
+        raise ValueError(
+            "head: its parameters are sharded here; call fully_shard on the RecurrentMemory and on the backbone's "
+            "blocks, but not on the head, whose parameters then belong to the root"
+        )
     return _Chunked.apply(total, head, rows, hidden, labels, factor, *weights)  # type: ignore[no-any-return]
 
 

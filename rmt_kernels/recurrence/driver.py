@@ -24,7 +24,7 @@ __all__ = ["Bodies", "replay_step"]
 class Bodies(Protocol):
     """Another way to run a segment's two bodies; see :class:`ReplayGraphs`. None: that segment it can't serve."""
 
-    def begin(self, model: nn.Module, memory: Tensor, policy: Replay) -> bool:
+    def begin(self, model: nn.Module, device: torch.device, policy: Replay) -> bool:
         """Called first in each step, before anything has run; whether it can serve the step at all."""
 
     def roll(self, call: SegmentCall, memory: Tensor) -> Tensor | None:
@@ -116,7 +116,8 @@ def replay_step(
                     "zero_grad() before the next step"
                 ) from error
         after.restore()
-    return RecurrentOutput(step.total, step.last, None)
+    # Mixed precision of FSDP2 computes in another dtype than the parameters have outside.
+    return RecurrentOutput(step.total, step.last.to(inner.initial_memory.dtype), None)
 
 
 @dataclass
@@ -134,18 +135,22 @@ class _Step:
 
     def __post_init__(self) -> None:
         self.count, self.device = self.batch.count, self.batch.inputs.device
-        entering = self.inner.entering(self.batch, self.start)
-        if self.graphs is not None and not self.graphs.begin(self.model, entering, self.policy):
+        dtype = self.inner.initial_memory.dtype
+        if self.graphs is not None and not self.graphs.begin(self.model, self.device, self.policy):
             self.graphs = None
         # A graph replays a segment faster than the loop keeps one.
-        kept = 0 if self.graphs is not None else self.inner.kept(self.batch, self.policy, entering)
+        kept = 0 if self.graphs is not None else self.inner.kept(self.batch, self.policy, self._once)
         self.first_kept = self.count - kept
-        self.total = torch.zeros((), dtype=torch.promote_types(entering.dtype, torch.float32), device=self.device)
+        self.total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=self.device)
         # A compiled backbone may draw other random numbers without gradients; there, a graph is made and dropped.
         self.roll_with_graph = self.inner.compiled()
         self.memories: list[Tensor | None] = []  # entering each segment that is run again
         self.states: list[RandomState] = []
         self.tapes: list[Tape | None] = []
+
+    def _once(self, call: SegmentCall) -> Any:
+        with self.parallel.segment(False):
+            return self.model(Stretch((call,), (False,)), memory=self.start)
 
     # -- forward -------------------------------------------------------------------------------------------------------
 

@@ -59,9 +59,9 @@ class ReplayGraphs:
 
     # -- what replay_step calls ----------------------------------------------------------------------------------------
 
-    def begin(self, model: nn.Module, memory: Tensor, policy: Replay) -> bool:
+    def begin(self, model: nn.Module, device: torch.device, policy: Replay) -> bool:
         """Whether this step can be served; gives every parameter its lasting ``.grad``."""
-        reason = self._objection(model, memory, policy)
+        reason = self._objection(model, device, policy)
         if reason is not None:
             self._explain(reason)
             return False
@@ -93,9 +93,9 @@ class ReplayGraphs:
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
-    def _objection(self, model: nn.Module, memory: Tensor, policy: Replay) -> str | None:
-        if memory.device.type != "cuda":
-            return f"CUDA graphs need a CUDA device, the model is on {memory.device}"
+    def _objection(self, model: nn.Module, device: torch.device, policy: Replay) -> str | None:
+        if device.type != "cuda":
+            return f"CUDA graphs need a CUDA device, the model is on {device}"
         if not isinstance(model, RecurrentMemory) or hasattr(model, "set_requires_gradient_sync"):
             return "graphs of data-parallel models are not captured: their gradients are averaged by hooks outside them"
         if model.check_memory:

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from rmt_kernels.recurrence.chunks import without_value
 from rmt_kernels.recurrence.policies import Policy, Replay
-from rmt_kernels.recurrence.randomness import RandomState
 from rmt_kernels.tape import Tape
 
 __all__ = ["Cell", "activation_bytes", "no_attention", "run"]
@@ -97,9 +96,9 @@ def no_attention() -> ValueError:
     )
 
 
-def activation_bytes(cell: Cell, memory: Tensor, known: Iterable[Tensor]) -> int:
-    """Bytes that the graph of segment 0 keeps beyond what is ``known``, parameters and inputs: one forward pass."""
-    known_storages = {tensor.untyped_storage().data_ptr() for tensor in (memory, *known)}
+def activation_bytes(run_segment: Callable[[], Any], known: Iterable[Tensor]) -> int:
+    """Bytes that the graph of one segment keeps beyond what is ``known``, parameters and inputs: one forward pass."""
+    known_storages = {tensor.untyped_storage().data_ptr() for tensor in known}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -108,8 +107,7 @@ def activation_bytes(cell: Cell, memory: Tensor, known: Iterable[Tensor]) -> int
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with RandomState.now(memory.device).again(), torch.enable_grad():
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            found = cell(0, memory)
-        del found
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = run_segment()  # while its graph lives, no two of its tensors share an address
+    del found
     return sum(kept.values())

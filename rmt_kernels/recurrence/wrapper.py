@@ -276,7 +276,9 @@ class RecurrentMemory(nn.Module):
             def cell(s: int, entering: Tensor) -> tuple[Tensor | None, Tensor, Any]:
                 return self._segment(batch.call(s), entering, f"segment {s}")
 
-            kept = self.kept(batch, self.bptt, entering) if torch.is_grad_enabled() else batch.count
+            kept = batch.count
+            if torch.is_grad_enabled():
+                kept = self.kept(batch, self.bptt, lambda call: self._segment(call, entering, ""))
             order = bar(batch.count, progress)
             loss, memory, pieces = run(cell, entering, batch.count, self.bptt, kept, order)
         if loss is None and labels is not None:
@@ -363,8 +365,8 @@ class RecurrentMemory(nn.Module):
     def _takes(self, name: str) -> bool:
         return name in self._keywords or "**" in self._keywords
 
-    def kept(self, batch: Batch, policy: Policy, memory: Tensor) -> int:
-        """How many of the last segments keep their activations."""
+    def kept(self, batch: Batch, policy: Policy, once: Callable[[SegmentCall], Any]) -> int:
+        """How many of the last segments keep their activations; ``once`` runs a segment to measure them."""
         if not isinstance(policy, Replay):
             return batch.count
         if policy.keep < batch.count or policy.budget_bytes is not None:
@@ -377,12 +379,9 @@ class RecurrentMemory(nn.Module):
                 self.training, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
             )  # fmt: skip
             if key not in self._bytes:
-
-                def cell(s: int, entering: Tensor) -> tuple[Tensor | None, Tensor, Any]:
-                    return self._segment(batch.call(s, silent=False), entering, "")
-
                 known = [*self.parameters(), *self.buffers(), *batch.tensors()]
-                self._bytes[key] = activation_bytes(cell, memory, known)
+                with RandomState.now(batch.inputs.device).again():
+                    self._bytes[key] = activation_bytes(lambda: once(batch.call(0, silent=False)), known)
             return self._bytes[key]
 
         return policy.kept(batch.count, measure)
