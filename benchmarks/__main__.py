@@ -21,10 +21,12 @@ _FILES = (
     "pytest_benchmark.json",
     "language_model.json",
     "language_model.png",
+    "recurrence.json",
+    "recurrence.png",
     "report.html",
     "report.md",
 )
-_PARTS = ("comparison", "suite", "model")
+_PARTS = ("comparison", "suite", "model", "recurrence")
 
 
 def _part(number: int, of: int, what: str) -> None:
@@ -34,7 +36,7 @@ def _part(number: int, of: int, what: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmarks; the exit status is 1 where a result was wrong or a part failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="every case, dtype and length: about 15 minutes, not 3")
+    parser.add_argument("--full", action="store_true", help="every case, dtype and length: about 30 minutes, not 5")
     parser.add_argument("--out", type=Path, default=report.LATEST, metavar="DIR", help="where results are written")
     parser.add_argument(
         "--parts", nargs="+", choices=_PARTS, default=_PARTS, metavar="PART", help=f"some of {', '.join(_PARTS)}"
@@ -51,26 +53,33 @@ def main(arguments: list[str] | None = None) -> int:
     results: dict[str, Any] = {"plan": plan.name, "left_out": []}
     if "comparison" in options.parts:
         limit = f"at most {plan.seconds:.0f} s, what does not fit is listed"
-        _part(1, 4, f"interleaved comparison with stock PyTorch ({limit})")
+        _part(1, 5, f"interleaved comparison with stock PyTorch ({limit})")
         results = run(plan)
     results["environment"] = environment()
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
     if "suite" in options.parts:
-        _part(2, 4, "pytest-benchmark suite" + ("" if options.full else ", a selection"))
+        _part(2, 5, "pytest-benchmark suite" + ("" if options.full else ", a selection"))
         full = ["--full"] if options.full else []
         suite = ["-m", "pytest", "benchmarks", "-q", f"--benchmark-json={out / 'pytest_benchmark.json'}", *full]
         if subprocess.run([sys.executable, *suite], cwd=ROOT, check=False).returncode != 0:
             broken.append("the pytest-benchmark suite failed")
 
     if "model" in options.parts:
-        _part(3, 4, "a language model on real text, with naive attention and with ours")
+        _part(3, 5, "a language model on real text, with naive attention and with ours")
         quick = [] if options.full else ["--quick"]
         model = [sys.executable, "-m", "benchmarks.language_model", *quick, "--out", str(out)]
         if subprocess.run(model, cwd=ROOT, check=False).returncode != 0:
             broken.append("the language model's run failed")
 
-    _part(4, 4, "report")
+    if "recurrence" in options.parts:
+        _part(4, 5, "training through many segments: memory and time")
+        size = "--full" if options.full else "--quick"
+        many = [sys.executable, "-m", "benchmarks.recurrence", size, "--out", str(out)]
+        if subprocess.run(many, cwd=ROOT, check=False).returncode != 0:
+            broken.append("training through many segments: a contestant was wrong or failed")
+
+    _part(5, 5, "report")
     results = report.load(out)
     page = report.render(results, out)
     print("\n" + report.terminal(results))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import ROOT
+from benchmarks.recurrence import tables as recurrence
 from benchmarks.tables import Table, error_table, headline, language_model, limits, published, summary_lines
 
 __all__ = ["LATEST", "load", "main", "render", "update_readme"]
@@ -33,27 +34,33 @@ img { max-width: 100% } .where { color: #556070; font-size: 13px }
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """The results in ``folder``: those of the interleaved runs, with the language model's where there are any."""
+    """The results in ``folder``: those of the interleaved runs, with the other programs' where there are any."""
     file = folder / "results.json"
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: run python -m benchmarks first")
     results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    model = folder / "language_model.json"
-    if model.exists():
-        results["language_model"] = json.loads(model.read_text(encoding="utf-8"))
+    for name in ("language_model", "recurrence"):
+        file = folder / f"{name}.json"
+        if file.exists():
+            results[name] = json.loads(file.read_text(encoding="utf-8"))
     return results
 
 
 def _tables(results: dict[str, Any]) -> list[Table]:
     found = [headline(results), limits(results), language_model(results), published(results), error_table(results)]
+    found += recurrence.tables(results["recurrence"]) if "recurrence" in results else []
     return [table for table in found if table is not None and table.rows]
+
+
+def _lines(results: dict[str, Any]) -> list[str]:
+    return summary_lines(results) + (recurrence.summary_lines(results["recurrence"]) if "recurrence" in results else [])
 
 
 def terminal(results: dict[str, Any]) -> str:
     """The tables as text; the errors stay in the report."""
     tables = _tables(results)
     shown = [table.terminal() for table in tables if not table.title.startswith("Errors")]
-    return "\n\n".join([*shown, "\n".join(summary_lines(results))])
+    return "\n\n".join([*shown, "\n".join(_lines(results))])
 
 
 def render(results: dict[str, Any], folder: Path) -> Path:
@@ -64,8 +71,11 @@ def render(results: dict[str, Any], folder: Path) -> Path:
     model = folder / "language_model.png"
     if "language_model" in results and model.exists():
         pictures["A language model on real text: the two loss curves"] = model
+    segments = folder / "recurrence.png"
+    if "recurrence" in results and segments.exists():
+        pictures["Training through many segments: memory and time"] = segments
     tables = _tables(results)
-    return write("rmt_kernels: benchmark report", summary_lines(results), tables[:1], pictures, tables[1:], folder)
+    return write("rmt_kernels: benchmark report", _lines(results), tables[:1], pictures, tables[1:], folder)
 
 
 def write(

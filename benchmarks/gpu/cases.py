@@ -35,6 +35,21 @@ class Plan:
     repeats: int = 1000
     rounds: int = 30
     seconds: float = 1.2  # of timed rounds for each case and pass
+    # Training through many segments: GPT-2 small, and the small encoder of the long evaluation.
+    recurrence_width: int = 768
+    recurrence_heads: int = 12
+    recurrence_layers: int = 12
+    recurrence_vocabulary: int = 50257
+    recurrence_tokens: int = 512
+    recurrence_memory: int = 16
+    recurrence_checked: int = 5  # segments of the gradients that are compared
+    recurrence_segments: tuple[int, ...] = (4, 8, 16, 32, 64, 256)
+    recurrence_time_segments: int = 16
+    recurrence_rounds: int = 15
+    recurrence_seconds: float = 60.0  # of timed rounds
+    recurrence_reader_width: int = 128
+    recurrence_reader_tokens: int = 499
+    recurrence_evaluated: tuple[int, ...] = (512, 1024, 4096)
 
 
 FULL = Plan()

@@ -14,6 +14,8 @@ from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from benchmarks.gpu.targets import Record, Results, kernel_ratio, records_of, seconds
 from benchmarks.plots import write
+from benchmarks.recurrence import plots as recurrence
+from benchmarks.recurrence.on_gpu import collect
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -238,5 +240,6 @@ def draw(results: Results, folder: Path) -> dict[str, Path]:
         "Backward: visible TFLOP/s": ("backward", _rates(results, "backward", "backward")),
         "Times faster": ("ratios", _ratios(results)),
         "Short segments": ("short", _short(results)),
+        **recurrence.draw(collect(results), _device(results)),
     }
     return write(figures, folder)

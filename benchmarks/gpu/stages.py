@@ -16,6 +16,7 @@ from benchmarks.gpu.contestants import decoders, entrants
 from benchmarks.gpu.programs import build_items, gate_items, tune_items
 from benchmarks.gpu.stage import Context, Item, Payload, Stage
 from benchmarks.gpu.suite import suite_items
+from benchmarks.recurrence.on_gpu import recurrence_items
 
 __all__ = ["STAGES"]
 
@@ -135,6 +136,7 @@ STAGES: dict[str, Stage] = {
         Stage("backward", "backward, the chip filled", 570, _backward),
         Stage("short", "batch 1", 400, _short),
         Stage("decode", "one row against many keys", 200, _decode),
+        Stage("recurrence", "training through many segments", 480, lambda plan: recurrence_items()),
         Stage("kernels", "which kernels ran", 120, lambda plan: [Item("kernels", _evidence, limit=110.0)]),
         Stage("gate", "the compile gate", 570, lambda plan: gate_items(), device=False),
         Stage("tune", "measure other tiles", 570, lambda plan: tune_items(), device=False),

@@ -7,6 +7,9 @@ from typing import Any
 
 from benchmarks.gpu.stages import STAGES
 from benchmarks.gpu.targets import Goal, Record, Results, goals, kernel_ratio, records_of, seconds
+from benchmarks.recurrence import limits
+from benchmarks.recurrence.on_gpu import collect
+from benchmarks.recurrence.tables import evaluation_table, memory_table, time_table
 from benchmarks.tables import Table
 
 __all__ = ["failures", "stage_tables", "status_table", "summary_lines", "target_table"]
@@ -87,7 +90,7 @@ def _value(goal: Goal, value: float) -> str:
 def target_table(results: Results) -> Table:
     """Each target, how many cases reach it, and the worst of them."""
     rows = []
-    for goal in goals(results):
+    for goal in [*goals(results), *limits.goals(collect(results))]:
         reached, measured, every = goal.counts
         worst = goal.worst
         rows.append([
@@ -303,6 +306,9 @@ def stage_tables(results: Results) -> list[Table]:
         lambda: _short_table(results),
         lambda: _decode_table(results),
         lambda: _memory_table(results),
+        lambda: time_table(collect(results)),
+        lambda: memory_table(collect(results)),
+        lambda: evaluation_table(collect(results)),
         lambda: _checks(results),
         lambda: _suite(results),
         lambda: _programs(results),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,13 @@ from rmt_kernels.recurrence.wrapper import RecurrentMemory, SegmentCall, Stretch
 
 __all__ = ["ReplayGraphs"]
 
+Found = TypeVar("Found")
 Run = Callable[[], None]
 Capture = Callable[[Run, Callable[[], None]], Run]
+
+
+class _NotCaptured(RuntimeError):
+    """A segment does something that a graph can't hold."""
 
 
 class ReplayGraphs:
@@ -55,12 +60,13 @@ class ReplayGraphs:
         self._bodies: dict[Any, _Bodies | None] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._places: tuple[Any, ...] = ()
+        self._attached = False
         self._pool: Any = None
 
     # -- what replay_step calls ----------------------------------------------------------------------------------------
 
     def begin(self, model: nn.Module, device: torch.device, policy: Replay) -> bool:
-        """Whether this step can be served; gives every parameter its lasting ``.grad``."""
+        """Whether this step can be served."""
         reason = self._objection(model, device, policy)
         if reason is not None:
             self._explain(reason)
@@ -74,22 +80,24 @@ class ReplayGraphs:
             self._places = places
             self._bodies.clear()
             self._gradients.clear()
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                self._attach(parameter)
+        self._attached = False
         return True
 
     def roll(self, call: SegmentCall, memory: Tensor) -> Tensor | None:
         """The next memory, or None where the segment can't be served."""
-        bodies = self._bodies_for(call, memory)
-        return None if bodies is None else bodies.roll(call, memory)
+        return self._served(call, memory, lambda bodies, call: bodies.roll(call, memory))
 
     def back(
         self, call: SegmentCall, memory: Tensor, seed: Tensor, grad: Tensor | None, total: Tensor
     ) -> tuple[Tensor, Tensor] | None:
         """The next memory and the gradient of ``memory``; the loss is added to ``total``. None: can't be served."""
-        bodies = self._bodies_for(call, memory)
-        return None if bodies is None else bodies.back(call, memory, seed, grad, total)
+        if not self._attached:  # not in begin: until the sweep, gradients stay as they were
+            assert self._model is not None
+            for parameter in self._model.parameters():
+                if parameter.requires_grad:
+                    self._attach(parameter)
+            self._attached = True
+        return self._served(call, memory, lambda bodies, call: bodies.back(call, memory, seed, grad, total))
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
@@ -97,13 +105,11 @@ class ReplayGraphs:
         if device.type != "cuda":
             return f"CUDA graphs need a CUDA device, the model is on {device}"
         if not isinstance(model, RecurrentMemory) or hasattr(model, "set_requires_gradient_sync"):
-            return "graphs of data-parallel models are not captured: their gradients are averaged by hooks outside them"
+            return "a data-parallel model is not captured: its gradients are averaged by hooks outside of a graph"
         if model.check_memory:
             return "check_memory=True looks at values, which a graph can't"
         if policy.recompute != "all":
-            return (
-                f"recompute={policy.recompute!r} records attention call by call, which a replayed graph does not make"
-            )
+            return f"recompute={policy.recompute!r} records attention call by call, and a replayed graph makes no calls"
         return None
 
     def _explain(self, reason: str) -> None:
@@ -122,7 +128,7 @@ class ReplayGraphs:
             lasting.copy_(parameter.grad)
         parameter.grad = lasting
 
-    def _bodies_for(self, call: SegmentCall, memory: Tensor) -> _Bodies | None:
+    def _served(self, call: SegmentCall, memory: Tensor, use: Callable[[_Bodies, SegmentCall], Found]) -> Found | None:
         assert self._model is not None
         call = replace(call, output=None)
         try:
@@ -133,16 +139,18 @@ class ReplayGraphs:
             return None
         if key not in self._bodies:
             if len(self._bodies) >= self.shapes:
-                self._explain(
-                    f"{self.shapes} shapes of segments are captured already, ReplayGraphs(shapes=...) of them"
-                )
+                self._explain(f"{self.shapes} shapes of segments are captured already; see ReplayGraphs(shapes=...)")
                 return None
-            try:
-                self._bodies[key] = _Bodies(self._model, call, memory, self._capture)
-            except RuntimeError as error:
-                self._bodies[key] = None
-                self._explain(f"a segment could not be captured: {error}")
-        return self._bodies[key]
+            self._bodies[key] = _Bodies(self._model, call, memory, self._capture)
+        bodies = self._bodies[key]
+        if bodies is None:
+            return None
+        try:
+            return use(bodies, call)
+        except _NotCaptured as error:
+            self._bodies[key] = None
+            self._explain(f"a segment could not be captured: {error}")
+            return None
 
     def _capture(self, run: Run, reset: Run) -> Run:
         """``run`` as a graph: warmed up, captured; gradients and random state are as before."""
@@ -164,8 +172,11 @@ class ReplayGraphs:
             graph = torch.cuda.CUDAGraph()
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-                run()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                    run()
+            except RuntimeError as error:
+                raise _NotCaptured(str(error)) from error
         finally:
             for parameter, lasting in self._gradients.items():
                 parameter.grad = lasting
