@@ -28,7 +28,7 @@ Run = Callable[[], None]
 Capture = Callable[[Run, Callable[[], None]], Run]
 
 
-class _NotCaptured(RuntimeError):
+class _CaptureError(RuntimeError):
     """A segment does something that a graph can't hold."""
 
 
@@ -147,7 +147,7 @@ class ReplayGraphs:
             return None
         try:
             return use(bodies, call)
-        except _NotCaptured as error:
+        except _CaptureError as error:
             self._bodies[key] = None
             self._explain(f"a segment could not be captured: {error}")
             return None
@@ -176,7 +176,7 @@ class ReplayGraphs:
                 with torch.cuda.graph(graph, pool=self._pool, stream=stream):
                     run()
             except RuntimeError as error:
-                raise _NotCaptured(str(error)) from error
+                raise _CaptureError(str(error)) from error
         finally:
             for parameter, lasting in self._gradients.items():
                 parameter.grad = lasting
