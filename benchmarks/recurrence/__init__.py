@@ -1,0 +1,1 @@
+"""Training through many segments, weighed and timed: ``python -m benchmarks.recurrence``."""
