@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -110,11 +110,12 @@ class SegmentLayout:
     window: int | None = None
     skip: int = 0
     name: str = field(default="custom", compare=False)
-    forms: tuple[RowForm, RowForm, RowForm] = field(init=False, repr=False, compare=False)
-    key_sizes: tuple[int, int, int, int] = field(init=False, repr=False, compare=False)
-    ints: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    num_queries: int = field(init=False, repr=False, compare=False)
-    num_keys: int = field(init=False, repr=False, compare=False)
+    # Derived by each instance. Not fields, so that dataclasses.replace(layout, <every field>) works; FSDP2 does that.
+    forms: ClassVar[tuple[RowForm, RowForm, RowForm]]
+    key_sizes: ClassVar[tuple[int, int, int, int]]
+    ints: ClassVar[tuple[int, ...]]
+    num_queries: ClassVar[int]
+    num_keys: ClassVar[int]
 
     def __post_init__(self) -> None:
         for name in ("cache", "read", "tokens", "write", "skip"):

@@ -41,11 +41,16 @@ class Tape:
         """Attention calls of this thread are not computed: they get the recorded results, in order.
 
         Raises:
-            RuntimeError: in a call that was not recorded, has another shape, or whose output was changed in place.
+            RuntimeError: in a call that was not recorded, has another shape, or whose output was changed in place; at
+            the end, where fewer calls came than were recorded.
         """
         self._next = 0
         with _use(self):
             yield
+        if self._next < len(self._calls):  # an error, or a checkpoint that has all it needs, does not come here
+            raise RuntimeError(
+                f"the recomputed segment calls attention {self._next}x, its forward pass did {len(self._calls)}x"
+            )
 
     def run(self, query: Tensor, compute: Callable[[], Pair]) -> Pair:
         """What one attention call returns."""

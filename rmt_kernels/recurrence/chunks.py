@@ -7,7 +7,7 @@ nobody has to run the forward pass for the sake of the backward one, and a pass 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +41,13 @@ def without_value(report: Tensor | None = None) -> Iterator[None]:
 
 
 def chunked(
-    total: Total, head: Head, hidden: Tensor, labels: Tensor, factor: Tensor, rows: int | None = None
+    total: Total,
+    head: Head,
+    hidden: Tensor,
+    labels: Tensor,
+    factor: Tensor,
+    rows: int | None = None,
+    learned: nn.Module | None = None,
 ) -> Tensor:
     """``factor * total(head(hidden), labels)``, 0-dim, where total sums over rows.
 
@@ -50,6 +56,7 @@ def chunked(
         head: ``(n, width)`` to ``(n, ...)``; None: hidden rows are logits. Gradients flow to its parameters.
         hidden, labels: (n, width) and (n, ...).
         factor: 0-dim; no gradient flows to it.
+        learned: to whose parameters gradients flow too: what ``total`` learns.
         rows: of a chunk. None: as many as make 4 Mi logits (16 Mi away from the CPU), at least 16.
     """
     if rows is None:
@@ -57,13 +64,18 @@ def chunked(
         rows = max(16, limit // _width(head, hidden) // 16 * 16)
     if len(hidden) <= rows:
         return total(hidden if head is None else head(hidden), labels) * factor
-    weights = [p for p in head.parameters() if p.requires_grad] if isinstance(head, nn.Module) else []
+    modules = [module for module in (head, learned) if isinstance(module, nn.Module)]
+    weights = list(dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad))
     if any(hasattr(weight, "placements") for weight in weights):
         raise ValueError(
             "head: its parameters are sharded here; call fully_shard on the RecurrentMemory and on the backbone's "
             "blocks, but not on the head, whose parameters then belong to the root"
         )
-    return _Chunked.apply(total, head, rows, hidden, labels, factor, *weights)  # type: ignore[no-any-return]
+    wanted, report = getattr(_local, "pass_", (True, None))
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or weights):
+        wanted, report = True, None  # no backward pass will follow that could report the value
+    plan = _Plan(total, head, rows, tuple(weights), _autocast(hidden), wanted, report)
+    return _Chunked.apply(plan, hidden, labels, factor, *weights)  # type: ignore[no-any-return]
 
 
 def _width(head: Head, hidden: Tensor) -> int:
@@ -75,56 +87,76 @@ def _width(head: Head, hidden: Tensor) -> int:
     return hidden.shape[-1]
 
 
+Autocast = tuple[str, torch.dtype, bool]  # device type, dtype, whether it is on
+
+
+def _autocast(hidden: Tensor) -> Autocast:
+    kind = hidden.device.type
+    return kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is computed, and how."""
+
+    total: Total
+    head: Head
+    rows: int
+    weights: tuple[Tensor, ...]
+    autocast: Autocast
+    wanted: bool  # the value
+    report: Tensor | None
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, total: Total, head: Head, rows: int, hidden: Tensor, labels: Tensor, factor: Tensor, *weights: Tensor
-    ) -> Tensor:
-        device = hidden.device
-        wanted, ctx.report = getattr(_local, "pass_", (True, None))
+    def forward(ctx: Any, plan: _Plan, hidden: Tensor, labels: Tensor, factor: Tensor, *weights: Tensor) -> Tensor:
         # A head may draw random numbers. Where the value is left out there is one draw, backward's own.
-        state = RandomState.now(device).tensors() if ctx.report is None else ()
-        ctx.total, ctx.head, ctx.rows, ctx.weights = total, head, rows, weights
-        kind = device.type
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        state = RandomState.now(hidden.device).tensors() if plan.report is None else ()
+        ctx.plan, ctx.versions = plan, [weight._version for weight in weights]
         ctx.save_for_backward(hidden, labels, factor, *state)
         value = factor.new_zeros(())
-        if wanted:
-            logits = _plain_linear(head, hidden, ctx.autocast) or _callable(head)
-            for first in range(0, len(hidden), rows):
-                part = slice(first, first + rows)
-                value = value + total(logits(hidden[part]), labels[part])
+        if plan.wanted:
+            logits = _plain_linear(plan.head, hidden, plan.autocast) or _callable(plan.head)
+            for first in range(0, len(hidden), plan.rows):
+                part = slice(first, first + plan.rows)
+                value = value + plan.total(logits(hidden[part]), labels[part])
         return value * factor
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, labels, factor, *state = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "losses in chunks are differentiable once; for second derivatives give TokenLoss(rows=...) as many "
+                "rows as a batch's segment has"
+            )
+        plan, (hidden, labels, factor, *state) = ctx.plan, ctx.saved_tensors
+        if [weight._version for weight in plan.weights] != ctx.versions:
+            raise RuntimeError(
+                "one of the head's weights has been modified by an inplace operation since the forward pass"
+            )
         again = RandomState.of(tuple(state), hidden.device).again() if state else nullcontext()
         with again:
-            sweep = _Sweep(ctx.total, ctx.weights, ctx.autocast, grad * factor, ctx.needs_input_grad[3])
-            linear = _plain_linear(ctx.head, hidden, ctx.autocast)
+            sweep = _Sweep(plan, grad * factor, ctx.needs_input_grad[1])
+            linear = _plain_linear(plan.head, hidden, plan.autocast)
             grad_hidden = torch.empty_like(hidden) if sweep.hidden_asked else None
             value: Tensor | None = None
-            for first in range(0, len(hidden), ctx.rows):
-                part = slice(first, first + ctx.rows)
+            for first in range(0, len(hidden), plan.rows):
+                part = slice(first, first + plan.rows)
                 if linear is None:
-                    loss, found = sweep.through(_callable(ctx.head), hidden[part], labels[part])
+                    loss, found = sweep.through(hidden[part], labels[part])
                 else:
-                    loss, found = sweep.through_linear(linear, ctx.head, hidden[part], labels[part])
+                    loss, found = sweep.through_linear(linear, hidden[part], labels[part])
                 if grad_hidden is not None:
                     grad_hidden[part] = 0 if found is None else found
                 value = loss if value is None else value + loss
-            if ctx.report is not None and value is not None:
-                ctx.report.add_(value * factor)
-        return (None, None, None, grad_hidden, None, None, *sweep.grads)
+            if plan.report is not None and value is not None:
+                plan.report.add_(value * factor)
+        return (None, grad_hidden, None, None, *sweep.grads)
 
 
 def _callable(head: Head) -> Callable[[Tensor], Tensor]:
     return (lambda hidden: hidden) if head is None else head
-
-
-Autocast = tuple[str, torch.dtype, bool]  # device type, dtype, whether it is on
 
 
 @dataclass(frozen=True)
@@ -140,52 +172,61 @@ class _Linear:
 
 def _plain_linear(head: Head, hidden: Tensor, autocast: Autocast) -> _Linear | None:
     """The head as one product, where it is nothing but that: its weights are cast once for all chunks."""
-    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        return None
+    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks:
         return None
     dtype = autocast[1] if autocast[2] and hidden.dtype is not torch.float64 else head.weight.dtype
     return _Linear(head.weight.detach().to(dtype), None if head.bias is None else head.bias.detach().to(dtype))
 
 
 class _Sweep:
-    """Back through one chunk after the other, adding up the gradients of the head's weights."""
+    """Back through one chunk after the other, adding up the gradients of the weights."""
 
-    def __init__(
-        self, total: Total, weights: Sequence[Tensor], autocast: Autocast, seed: Tensor, hidden_asked: bool
-    ) -> None:
-        self.total, self.weights, self.autocast, self.seed = total, weights, autocast, seed
-        self.hidden_asked = hidden_asked
-        self.grads: list[Tensor | None] = [None] * len(weights)
+    def __init__(self, plan: _Plan, seed: Tensor, hidden_asked: bool) -> None:
+        self.plan, self.seed, self.hidden_asked = plan, seed, hidden_asked
+        self.grads: list[Tensor | None] = [None] * len(plan.weights)
 
     def _loss(self, logits: Callable[[], Tensor], labels: Tensor) -> Tensor:
-        kind, dtype, enabled = self.autocast
+        kind, dtype, enabled = self.plan.autocast
         with torch.enable_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
-            return self.total(logits(), labels)
+            return self.plan.total(logits(), labels)
 
-    def through(self, head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _add(self, weight: int, new: Tensor | None) -> None:
+        """Not in place: autograd may give two weights one tensor."""
+        old = self.grads[weight]
+        self.grads[weight] = new if old is None else old if new is None else old + new
+
+    def through(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """The chunk's loss and the gradient of its hidden rows, for any head."""
         piece = hidden.detach().requires_grad_(self.hidden_asked)
-        loss = self._loss(lambda: head(piece), labels)
-        inputs = ([piece] if self.hidden_asked else []) + list(self.weights)
+        loss = self._loss(lambda: _callable(self.plan.head)(piece), labels)
+        inputs = ([piece] if self.hidden_asked else []) + list(self.plan.weights)
         found = list(torch.autograd.grad(loss, inputs, self.seed.to(loss.dtype), allow_unused=True))
         grad_hidden = found.pop(0) if self.hidden_asked else None
         for i, new in enumerate(found):
-            old = self.grads[i]
-            self.grads[i] = new if old is None else old if new is None else old.add_(new)
+            self._add(i, new)
         return loss.detach(), grad_hidden
 
-    def through_linear(
-        self, linear: _Linear, head: nn.Linear, hidden: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """The same where the head is one product: the weight's gradient is added up in place."""
+    def through_linear(self, linear: _Linear, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same where the head is one product: its weight's gradient is added up in place."""
         piece = hidden.detach().to(linear.weight.dtype)
         logits = linear(piece).requires_grad_()
         loss = self._loss(lambda: logits, labels)
-        (grad,) = torch.autograd.grad(loss, logits, self.seed.to(loss.dtype))
-        for i, weight in enumerate(self.weights):
+        head: Any = self.plan.head
+        others = [
+            i for i, weight in enumerate(self.plan.weights) if weight is not head.weight and weight is not head.bias
+        ]
+        inputs = [logits, *(self.plan.weights[i] for i in others)]
+        grad, *found = torch.autograd.grad(loss, inputs, self.seed.to(loss.dtype), allow_unused=True)
+        for i, new in zip(others, found, strict=True):
+            self._add(i, new)
+        for i, weight in enumerate(self.plan.weights):
             old = self.grads[i]
             if weight is head.bias:
-                new = grad.sum(0, dtype=weight.dtype)
-                self.grads[i] = new if old is None else old.add_(new)
+                self._add(i, grad.sum(0, dtype=weight.dtype))
+            elif weight is not head.weight:
+                continue
             elif old is None:
                 self.grads[i] = (grad.t() @ piece).to(weight.dtype)
             elif old.dtype == grad.dtype:

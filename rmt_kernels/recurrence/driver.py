@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ __all__ = ["Bodies", "replay_step"]
 class Bodies(Protocol):
     """Another way to run a segment's two bodies; see :class:`ReplayGraphs`. None: that segment it can't serve."""
 
-    def begin(self, model: nn.Module, device: torch.device, policy: Replay) -> bool:
+    def begin(self, model: nn.Module, batch: Batch, policy: Replay) -> bool:
         """Called first in each step, before anything has run; whether it can serve the step at all."""
 
     def roll(self, call: SegmentCall, memory: Tensor) -> Tensor | None:
@@ -86,6 +86,7 @@ def replay_step(
             the call. Any other error leaves gradients and random state as they were.
     """
     inner, parallel = unwrap(model, gathered)
+    inner.refuse_wrapped_parts()
     if not torch.is_grad_enabled():
         raise ValueError("replay_step computes gradients: call it outside torch.no_grad()")
     if policy is None:
@@ -98,6 +99,20 @@ def replay_step(
         raise TypeError(
             f"labels must be a torch.Tensor, got {type(labels).__name__}; replay_step goes back from a loss"
         )
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
+    if isinstance(loss_scale, bool) or not isinstance(loss_scale, (int, float)):
+        raise TypeError(f"loss_scale must be a float, got {type(loss_scale).__name__}")
+    if graphs is not None and not all(hasattr(graphs, name) for name in ("begin", "roll", "back")):
+        raise TypeError(f"graphs must be ReplayGraphs() or None, got {type(graphs).__name__}")
+    if "outputs" in extra:
+        raise TypeError("outputs: replay_step returns none; call the model under torch.no_grad() for them")
+    for name, value in {"inputs": inputs, **extra}.items():
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            raise ValueError(
+                f"{name} has a graph of its own, which every segment would go back through; give replay_step its "
+                "detach(), or use bptt=Replay() and loss.backward()"
+            )
     batch = inner.batch(
         inputs, labels=labels, lengths=lengths, label_mask=label_mask, memory=memory, segment=segment, **extra
     )
@@ -136,12 +151,14 @@ class _Step:
     def __post_init__(self) -> None:
         self.count, self.device = self.batch.count, self.batch.inputs.device
         dtype = self.inner.initial_memory.dtype
-        if self.graphs is not None and not self.graphs.begin(self.model, self.device, self.policy):
+        if self.graphs is not None and not self.graphs.begin(self.model, self.batch, self.policy):
             self.graphs = None
+        kept = self.inner.kept(self.batch, self.policy, self._once)
         # A graph replays a segment faster than the loop keeps one.
-        kept = 0 if self.graphs is not None else self.inner.kept(self.batch, self.policy, self._once)
-        self.first_kept = self.count - kept
+        self.first_kept = self.count - (0 if self.graphs is not None else kept)
         self.total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=self.device)
+        # What the head draws comes between what two segments draw.
+        self.head_draws = self.inner.head_draws()
         # A compiled backbone may draw other random numbers without gradients; there, a graph is made and dropped.
         self.roll_with_graph = self.inner.compiled()
         self.memories: list[Tensor | None] = []  # entering each segment that is run again
@@ -168,13 +185,17 @@ class _Step:
         if self.first_kept < self.count:
             numbers = range(self.first_kept, self.count)
             cuts = (False, *(self.policy.cuts(s, self.count) for s in numbers[1:]))
-            with self.parallel.segment(self.sync and self.first_kept == 0), without_value(self.total):
+            with self.parallel.segment(self.sync and self.first_kept == 0), self._value():
                 window = Stretch(tuple(self._call(s) for s in numbers), cuts)
                 self.loss, memory, _ = self.model(window, memory=self.entering)
         for _ in turns:
             pass
         assert memory is not None
         self.last = memory.detach()
+
+    def _value(self) -> AbstractContextManager[None]:
+        """Around a forward pass with a graph: the loss is added to the total by its backward pass."""
+        return nullcontext() if self.head_draws else without_value(self.total)
 
     def _call(self, s: int, loss: bool = True) -> SegmentCall:
         # The traversal that synchronises must reach every parameter, so the first segment's loss is not left out there.
@@ -186,7 +207,7 @@ class _Step:
             if rolled is not None:
                 self.tapes.append(None)
                 return rolled
-        call = self._call(s, loss=False)
+        call = self._call(s, loss=self.head_draws)
         tape = Tape() if self.policy.recompute == "except_attention" else None
         self.tapes.append(tape)
         with nullcontext() if tape is None else tape.recording(), torch.set_grad_enabled(self.roll_with_graph):
@@ -248,7 +269,7 @@ class _Step:
                 return source.detach(), grad_in
         entering = memory if s == 0 else _leaf(memory)
         with self.parallel.segment(self.sync and s == 0):
-            with without_value(self.total), nullcontext() if tape is None else tape.replaying():
+            with self._value(), nullcontext() if tape is None else tape.replaying():
                 loss, new, _ = self.model(Stretch((call,), (False,)), memory=entering)
             self._compare(s, new, handed_on)
             self._traverse(loss, seed, new, grad)
@@ -272,8 +293,11 @@ class _Step:
                 torch.autograd.backward(roots, grads)
 
     def _compare(self, s: int, new: Tensor, handed_on: Tensor) -> None:
-        if self.policy.check and not torch.equal(new.detach(), handed_on):
-            apart = (new.detach() - handed_on).abs().max().item()
+        if not self.policy.check:
+            return
+        difference = (new.detach() - handed_on).masked_fill(new.isnan() & handed_on.isnan(), 0)
+        apart = difference.abs().max().item()
+        if apart != 0:
             raise RuntimeError(
                 f"segment {s} was recomputed with a memory that differs by up to {apart:.1e} from that of the forward "
                 "pass; the backbone must depend on its inputs and PyTorch's random numbers alone, and compute "

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rmt_kernels.recurrence.chunks import without_value
 from rmt_kernels.recurrence.policies import Replay
 from rmt_kernels.recurrence.randomness import RandomState
-from rmt_kernels.recurrence.wrapper import RecurrentMemory, SegmentCall, Stretch
+from rmt_kernels.recurrence.wrapper import Batch, RecurrentMemory, SegmentCall, Stretch
 
 __all__ = ["ReplayGraphs"]
 
@@ -59,15 +59,17 @@ class ReplayGraphs:
         self._model: RecurrentMemory | None = None
         self._bodies: dict[Any, _Bodies | None] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
-        self._places: tuple[Any, ...] = ()
+        self._places: Any = None
+        self._held: Any = None
+        self._modes: tuple[bool, ...] = ()
         self._attached = False
         self._pool: Any = None
 
     # -- what replay_step calls ----------------------------------------------------------------------------------------
 
-    def begin(self, model: nn.Module, device: torch.device, policy: Replay) -> bool:
+    def begin(self, model: nn.Module, batch: Batch, policy: Replay) -> bool:
         """Whether this step can be served."""
-        reason = self._objection(model, device, policy)
+        reason = self._objection(model, batch, policy)
         if reason is not None:
             self._explain(reason)
             return False
@@ -75,11 +77,13 @@ class ReplayGraphs:
         if self._model is not None and self._model is not model:
             raise ValueError("graphs: these were captured for another model; make a ReplayGraphs for each")
         self._model = model
-        places = tuple((t.data_ptr(), t.requires_grad) for t in (*model.parameters(), *model.buffers()))
+        tensors = (*model.parameters(), *model.buffers())
+        places = ([(id(t), t.data_ptr(), t.requires_grad) for t in tensors], id(model.loss))
         if places != self._places:
-            self._places = places
+            self._places, self._held = places, (tensors, model.loss)  # held, so that no other takes their id
             self._bodies.clear()
             self._gradients.clear()
+        self._modes = tuple(module.training for module in model.modules())
         self._attached = False
         return True
 
@@ -101,16 +105,24 @@ class ReplayGraphs:
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
-    def _objection(self, model: nn.Module, device: torch.device, policy: Replay) -> str | None:
-        if device.type != "cuda":
-            return f"CUDA graphs need a CUDA device, the model is on {device}"
+    def _objection(self, model: nn.Module, batch: Batch, policy: Replay) -> str | None:
+        if not self._on_gpu(batch.inputs.device):
+            return f"CUDA graphs need a CUDA device, the model is on {batch.inputs.device}"
         if not isinstance(model, RecurrentMemory) or hasattr(model, "set_requires_gradient_sync"):
             return "a data-parallel model is not captured: its gradients are averaged by hooks outside of a graph"
         if model.check_memory:
             return "check_memory=True looks at values, which a graph can't"
         if policy.recompute != "all":
             return f"recompute={policy.recompute!r} records attention call by call, and a replayed graph makes no calls"
+        if model.head_draws():
+            return "the head draws random numbers, and its loss is computed twice from one state, which a graph can't"
+        if any(isinstance(t, Tensor) and t.requires_grad for t in (batch.inputs, *batch.extra.values())):
+            return "inputs or extra arguments need a gradient, which would lie where the captured ones' was"
         return None
+
+    @staticmethod
+    def _on_gpu(device: torch.device) -> bool:
+        return device.type == "cuda"
 
     def _explain(self, reason: str) -> None:
         if reason not in self.reasons:
@@ -132,7 +144,7 @@ class ReplayGraphs:
         assert self._model is not None
         call = replace(call, output=None)
         try:
-            key = (_shape(call, memory), self._model.training, _autocast(memory.device.type))
+            key = (_shape(call, memory), self._modes, _autocast(memory.device.type))
             hash(key)
         except TypeError:
             self._explain("the backbone's extra arguments hold something other than tensors and hashable values")
@@ -156,18 +168,18 @@ class ReplayGraphs:
         """``run`` as a graph: warmed up, captured; gradients and random state are as before."""
         assert self._model is not None
         device = self._model.initial_memory.device
-        before = RandomState.now(device)
+        before, held = RandomState.now(device), {p: p.grad for p in self._model.parameters()}
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         try:
-            for parameter in self._gradients:
+            for parameter in held:
                 parameter.grad = None
             with torch.cuda.stream(stream):
                 for _ in range(self.warmup):
                     run()
             torch.cuda.current_stream(device).wait_stream(stream)
-            for parameter, lasting in self._gradients.items():
-                parameter.grad = lasting
+            for parameter, grad in held.items():
+                parameter.grad = grad
             reset()
             graph = torch.cuda.CUDAGraph()
             if self._pool is None:
@@ -178,8 +190,8 @@ class ReplayGraphs:
             except RuntimeError as error:
                 raise _CaptureError(str(error)) from error
         finally:
-            for parameter, lasting in self._gradients.items():
-                parameter.grad = lasting
+            for parameter, grad in held.items():
+                parameter.grad = grad
             before.restore()
         replayed: Run = graph.replay
         return replayed
@@ -192,9 +204,9 @@ class _Bodies:
         self._model, self._grad_to_roll = model, model.compiled()
         self._call = _map(call, torch.clone)
         self._memory = memory.clone()
-        self._seed = torch.ones((), dtype=torch.float32, device=memory.device)
         self._grad = torch.zeros_like(self._memory)
         self._total = torch.zeros((), dtype=torch.promote_types(memory.dtype, torch.float32), device=memory.device)
+        self._seed = torch.ones_like(self._total)
         self._new, self._grad_in = torch.empty_like(self._memory), torch.empty_like(self._memory)
         self._leaf = self._memory.detach().requires_grad_()
         self._make = capture

@@ -6,13 +6,14 @@ before the first segment runs. So the segments' losses only have to be added.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmt_kernels.recurrence.chunks import chunked
 from rmt_kernels.recurrence.segments import Segments
@@ -55,12 +56,31 @@ class SegmentLoss(Protocol):
         """
 
 
-def _check_weights(weights: str | Sequence[float], names: tuple[str, ...]) -> str | tuple[float, ...]:
+def _check_function(function: object) -> None:
+    if function is not None and (not callable(function) or isinstance(function, type)):
+        raise TypeError(f"function must be a function (logits, labels) -> losses or None, got {function!r}")
+
+
+def _check_weights(weights: Any) -> str | tuple[float, ...]:
+    names = ("tokens", "segments", "last")
     if isinstance(weights, str):
         if weights not in names:
             raise ValueError(f"weights must be one of {list(names)} or a number for each segment, got {weights!r}")
         return weights
+    if not isinstance(weights, Sequence) or any(
+        isinstance(weight, bool) or not isinstance(weight, (int, float)) for weight in weights
+    ):
+        raise TypeError(f"weights must be one of {list(names)} or a number for each segment, got {weights!r}")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights must be finite, got {weights!r}")
     return tuple(float(weight) for weight in weights)
+
+
+def _check_int(name: str, value: Any, least: int, otherwise: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, {otherwise}, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {otherwise}, got {value}")
 
 
 def _factors(weights: str | Sequence[float], counts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,7 +102,8 @@ class TokenLoss:
     """A loss for every token, such as language modelling's cross entropy.
 
     Args:
-        function: ``(logits (n, ...), labels (n,)) -> losses (n,)``. None: cross entropy, labels of class numbers.
+        function: ``(logits (n, ...), labels (n,)) -> losses (n,)``. None: cross entropy, labels of class numbers. What
+            it learns must be the parameters of a ``nn.Module`` that it is.
         shift: whether a row predicts the label of the next position (over the borders of segments too). None: where
             the layout's tokens see one another causally.
         weights: ``"tokens"``: the mean over all labels that count. ``"segments"``: the mean over segments of each
@@ -102,9 +123,10 @@ class TokenLoss:
     rows: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", _check_weights(self.weights, ("tokens", "segments", "last")))
-        if self.rows is not None and self.rows < 1:
-            raise ValueError(f"rows must be at least 1 or None, got {self.rows}")
+        _check_function(self.function)
+        object.__setattr__(self, "weights", _check_weights(self.weights))
+        if self.rows is not None:
+            _check_int("rows", self.rows, 1, "1 or None")
 
     def weigh(self, labels: Tensor, mask: Tensor | None, segments: Segments, dtype: torch.dtype) -> Weighed:
         """See :class:`SegmentLoss`."""
@@ -114,6 +136,8 @@ class TokenLoss:
         if self.function is None and labels.dtype is not torch.int64:
             raise TypeError(f"labels must be int64 class numbers, got {labels.dtype}")
         if mask is not None:
+            if not isinstance(mask, Tensor):
+                raise TypeError(f"label_mask must be a bool tensor of shape {shape}, got {type(mask).__name__}")
             if mask.shape != shape or mask.dtype is not torch.bool or mask.device != labels.device:
                 raise ValueError(
                     f"label_mask must be bool of shape {shape} on {labels.device}, True where a label counts, got "
@@ -156,7 +180,9 @@ class TokenLoss:
     ) -> Tensor:
         """See :class:`SegmentLoss`."""
         (labels,) = targets
-        return chunked(self._sum, head, hidden.flatten(0, 1), labels.flatten(0, 1), factor, self.rows)
+        hidden = hidden[:, hidden.shape[1] - labels.shape[1] :]  # a prefix has no labels
+        learned = self.function if isinstance(self.function, nn.Module) else None
+        return chunked(self._sum, head, hidden.flatten(0, 1), labels.flatten(0, 1), factor, self.rows, learned)
 
     def _sum(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.function is None:
@@ -175,7 +201,7 @@ class SampleLoss:
     Args:
         function: ``(logits (batch, ...), labels (batch, ...)) -> losses (batch,)``. None: cross entropy.
         row: which of the TOKENS rows: 0 is the first (CLS, where ``prefix`` begins with it), -1 the sample's last
-            token in the segment.
+            token in the segment. Where a sample has fewer tokens, it is its last one.
         weights: ``"last"``: the mean over samples of the loss in each one's last segment. ``"segments"``: the mean
             over all segments of all samples.
 
@@ -190,8 +216,8 @@ class SampleLoss:
     def __post_init__(self) -> None:
         if self.weights not in ("last", "segments"):
             raise ValueError(f"weights must be 'last' or 'segments', got {self.weights!r}")
-        if self.row < -1:
-            raise ValueError(f"row must be at least 0, or -1 for the last token, got {self.row}")
+        _check_function(self.function)
+        _check_int("row", self.row, -1, "0, or -1 for the last token")
 
     def weigh(self, labels: Tensor, mask: Tensor | None, segments: Segments, dtype: torch.dtype) -> Weighed:
         """See :class:`SegmentLoss`."""
@@ -199,6 +225,8 @@ class SampleLoss:
             raise ValueError(
                 f"labels must be (batch, ...), one for each of the {segments.batch} samples, got {tuple(labels.shape)}"
             )
+        if self.function is None and labels.dtype is not torch.int64:
+            raise TypeError(f"labels must be int64 class numbers, got {labels.dtype}")
         if mask is not None:
             raise ValueError("label_mask is for losses of every token, SampleLoss has none; leave it out")
         last, silent, lengths = None, frozenset[int](), segments.lengths
@@ -231,10 +259,14 @@ class SampleLoss:
     ) -> Tensor:
         """See :class:`SegmentLoss`."""
         labels, counted = targets
-        if self.row >= 0 or counts is None:
+        if self.row >= hidden.shape[1]:
+            raise ValueError(f"row must be below {hidden.shape[1]}, the TOKENS rows of a segment, got {self.row}")
+        if counts is None:
             chosen = hidden[:, self.row]
         else:
-            chosen = hidden[torch.arange(len(hidden), device=hidden.device), (counts.long() - 1).clamp(min=0)]
+            last = (counts.long() - 1).clamp(min=0)
+            index = last if self.row < 0 else last.clamp(max=self.row)
+            chosen = hidden[torch.arange(len(hidden), device=hidden.device), index]
         logits = chosen if head is None else head(chosen)
         if self.function is None:
             losses = F.cross_entropy(_wide(logits), labels, reduction="none")

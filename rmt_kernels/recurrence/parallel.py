@@ -22,7 +22,7 @@ class Alone:
     def __enter__(self) -> Alone:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Undo what was arranged."""
 
     def segment(self, synchronise: bool) -> AbstractContextManager[Any]:
@@ -61,7 +61,10 @@ class _Sharded(Alone):
             self._model.set_reshard_after_backward(False)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error FSDP2 stands in the middle of an iteration. Older PyTorch can't be told to leave it.
+        if kind is not None and hasattr(self._model, "reset_iter_state"):
+            self._model.reset_iter_state()
         self._model.set_requires_gradient_sync(True)
         if self._gathered:
             self._model.set_reshard_after_backward(True)

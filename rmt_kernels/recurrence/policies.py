@@ -89,6 +89,7 @@ class Replay:
         if self.recompute not in ("all", "except_attention"):
             raise ValueError(f"recompute must be 'all' or 'except_attention', got {self.recompute!r}")
         if self.truncate is not None and not isinstance(self.truncate, Truncate):
+            _count("truncate", self.truncate, 1)
             object.__setattr__(self, "truncate", Truncate(self.truncate))
         for name in ("offload", "check"):
             if not isinstance(getattr(self, name), bool):

@@ -7,11 +7,11 @@ random state, and runs it again in the backward pass. Under DistributedDataParal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rmt_kernels.recurrence.chunks import without_value
@@ -58,9 +58,7 @@ def _replayed(cell: Cell, s: int, memory: Tensor, replay: Replay) -> tuple[Tenso
     tape = Tape() if replay.recompute == "except_attention" else None
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        if tape is None:
-            return nullcontext(), without_value()
-        return _counted(tape), _both(without_value(), tape.replaying())
+        return nullcontext() if tape is None else _counted(tape), _Recomputing(tape)
 
     elsewhere = nullcontext() if not replay.offload else torch.autograd.graph.save_on_cpu(_pin())
     with elsewhere:
@@ -74,10 +72,20 @@ def _pin() -> bool:
     return torch.cuda.is_available()
 
 
-@contextmanager
-def _both(first: AbstractContextManager[None], second: AbstractContextManager[None]) -> Iterator[None]:
-    with first, second:
-        yield
+class _Recomputing(AbstractContextManager[None]):
+    """Around a recomputation, and again around each further one, where a graph is gone back through twice."""
+
+    def __init__(self, tape: Tape | None) -> None:
+        self._tape, self._open = tape, ExitStack()
+
+    def __enter__(self) -> None:
+        self._open = ExitStack()
+        self._open.enter_context(without_value())
+        if self._tape is not None:
+            self._open.enter_context(self._tape.replaying())
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._open.__exit__(*error)
 
 
 @contextmanager
@@ -98,12 +106,13 @@ def no_attention() -> ValueError:
 
 def activation_bytes(run_segment: Callable[[], Any], known: Iterable[Tensor]) -> int:
     """Bytes that the graph of one segment keeps beyond what is ``known``, parameters and inputs: one forward pass."""
-    known_storages = {tensor.untyped_storage().data_ptr() for tensor in known}
+    known_storages = {_address(tensor) for tensor in known}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known_storages:
+        of_parameter = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)  # gathered by FSDP2
+        if not of_parameter and storage.data_ptr() not in known_storages:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -111,3 +120,8 @@ def activation_bytes(run_segment: Callable[[], Any], known: Iterable[Tensor]) ->
         found = run_segment()  # while its graph lives, no two of its tensors share an address
     del found
     return sum(kept.values())
+
+
+def _address(tensor: Tensor) -> int:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+    return int(local.untyped_storage().data_ptr())

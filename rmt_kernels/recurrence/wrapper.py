@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parallel import DistributedDataParallel
 
 from rmt_kernels.layout import Region, Rule, SegmentLayout
 from rmt_kernels.recurrence.losses import SegmentLoss, TokenLoss, Weighed
@@ -168,6 +170,8 @@ class RecurrentMemory(nn.Module):
                 f"({self.layout.name}) whenever it is given these rows"
             )
         self.loss = _segment_loss(loss, self.layout)
+        function = getattr(self.loss, "function", None)
+        self.loss_function = function if isinstance(function, nn.Module) else None  # where parameters are looked for
         self._bytes: dict[Any, int] = {}  # activations of a segment, by its shape
 
     @property
@@ -185,6 +189,8 @@ class RecurrentMemory(nn.Module):
 
     def _set_prefix(self, prefix: Tensor | Sequence[int] | None) -> None:
         if prefix is not None and not isinstance(prefix, Tensor):
+            if any(isinstance(number, bool) or not isinstance(number, int) for number in prefix):
+                raise TypeError(f"prefix must be token numbers or a tensor, got {prefix!r}")
             prefix = torch.tensor(list(prefix), dtype=torch.int64, device=self.initial_memory.device)
         if prefix is not None:
             dims = 2 if self.embed is None or prefix.is_floating_point() else 1
@@ -192,6 +198,11 @@ class RecurrentMemory(nn.Module):
                 raise ValueError(
                     f"prefix must be token numbers (P,), or rows (P, width), got {prefix.dtype} {tuple(prefix.shape)}"
                     + ("; token numbers need embed=" if self.embed is None else "")
+                )
+            if dims == 2 and prefix.shape[1] != self.initial_memory.shape[1]:
+                raise ValueError(
+                    f"prefix must be rows (P, {self.initial_memory.shape[1]}), as wide as the memory, got "
+                    f"{tuple(prefix.shape)}"
                 )
         self.register_buffer("prefix", prefix, persistent=False)
 
@@ -278,6 +289,7 @@ class RecurrentMemory(nn.Module):
 
             kept = batch.count
             if torch.is_grad_enabled():
+                self.refuse_wrapped_parts()
                 kept = self.kept(batch, self.bptt, lambda call: self._segment(call, entering, ""))
             order = bar(batch.count, progress)
             loss, memory, pieces = run(cell, entering, batch.count, self.bptt, kept, order)
@@ -302,7 +314,7 @@ class RecurrentMemory(nn.Module):
             raise TypeError(f"inputs must be a torch.Tensor, got {type(inputs).__name__}")
         width = self.initial_memory.shape[1]
         if self.embed is not None:
-            if inputs.is_floating_point() or inputs.is_complex() or inputs.dtype is torch.bool:
+            if inputs.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"inputs must be token numbers, int64 (batch, length), got {inputs.dtype}")
             if inputs.dim() != 2:
                 raise ValueError(f"inputs must have shape (batch, length), got {tuple(inputs.shape)}")
@@ -326,6 +338,9 @@ class RecurrentMemory(nn.Module):
             raise ValueError(f"outputs={outputs!r} needs a head; give RecurrentMemory head=, or ask for 'hidden'")
         if memory is not None:
             self._check_memory_argument(memory, len(inputs))
+        taken = [name for name in ("layout", "token_lengths") if name in extra]
+        if taken:
+            raise TypeError(f"{taken[0]} is given to the backbone by RecurrentMemory; for padding use lengths=")
         unknown = [name for name in extra if not self._takes(name)]
         if unknown:
             raise TypeError(f"unknown arguments {unknown}: neither RecurrentMemory nor its backbone has them")
@@ -386,6 +401,21 @@ class RecurrentMemory(nn.Module):
 
         return policy.kept(batch.count, measure)
 
+    def refuse_wrapped_parts(self) -> None:
+        """Raise ValueError where a data-parallel wrapper holds a part of this module and not the whole of it."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return
+        whole = hasattr(self, "set_requires_gradient_sync")
+        for name, module in self.named_modules():
+            wrapper = "DistributedDataParallel" if isinstance(module, DistributedDataParallel) else "fully_shard"
+            sharded = hasattr(module, "set_requires_gradient_sync") and module is not self and not whole
+            if sharded or isinstance(module, DistributedDataParallel):
+                raise ValueError(
+                    f"{name}: {wrapper} must hold the whole RecurrentMemory, not only a part of it such as the "
+                    "backbone; the gradients of what is outside, initial_memory among it, would not be averaged. "
+                    "With fully_shard, wrap the blocks and then the RecurrentMemory"
+                )
+
     def _refuse_running_statistics(self) -> None:
         for name, module in self.named_modules():
             if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
@@ -393,6 +423,11 @@ class RecurrentMemory(nn.Module):
                     f"bptt: Replay runs segments twice, which would update the running statistics of '{name}' "
                     f"({type(module).__name__}) twice; use LayerNorm, put that module in eval(), or bptt='full'"
                 )
+
+    def head_draws(self) -> bool:
+        """Whether the head has dropout that is on: random numbers, as far as that can be seen."""
+        parts = () if self.head is None else self.head.modules()
+        return any(isinstance(part, _DropoutNd) and part.training and part.p > 0 for part in parts)
 
     def entering(self, batch: Batch, memory: Tensor | None) -> Tensor:
         """``memory``, or the initial one for each sample."""
@@ -433,7 +468,13 @@ class RecurrentMemory(nn.Module):
 
     def _one(self, call: SegmentCall, memory: Tensor, name: str) -> tuple[Tensor | None, Tensor, Tensor | None]:
         layout, counts = call.layout, call.counts
-        tokens = call.inputs if self.embed is None else self.embed(call.inputs)
+        if self.embed is not None:
+            tokens = self.embed(call.inputs)
+        elif counts is None:
+            tokens = call.inputs
+        else:  # whatever padding holds, 0 is what gradients may be multiplied with
+            padding = torch.arange(call.inputs.shape[1], device=call.inputs.device) >= counts[:, None]
+            tokens = call.inputs.masked_fill(padding[..., None], 0)
         front = 0
         if self.prefix is not None:
             front = len(self.prefix)
@@ -460,17 +501,18 @@ class RecurrentMemory(nn.Module):
         if self.check_memory:
             _finite(new, f"the memory that leaves {name}")
 
-        loss = None
-        if call.targets is not None:
-            assert call.factor is not None
-            full = None if counts is None else counts + front
-            loss = self.loss.of_segment(middle, call.targets, full, self.head, call.factor)
         output = None
         if call.output is not None:
             output = middle[:, front:]
             if call.output == "logits":
                 assert self.head is not None
                 output = self.head(output)
+        # Last, for a pass that recomputes a segment leaves it out, with the random numbers that a head may draw.
+        loss = None
+        if call.targets is not None:
+            assert call.factor is not None
+            full = None if counts is None else counts + front
+            loss = self.loss.of_segment(middle, call.targets, full, self.head, call.factor)
         return loss, new, output
 
 
@@ -481,9 +523,10 @@ def _finite(memory: Tensor, name: str) -> None:
 
 
 def _segment_loss(loss: Any, layout: SegmentLayout) -> SegmentLoss:
-    if loss is None or not hasattr(loss, "of_segment"):
-        if loss is not None and not callable(loss):
-            raise TypeError(f"loss must be TokenLoss, SampleLoss or a function, got {type(loss).__name__}")
+    if loss is None or isinstance(loss, type) or not hasattr(loss, "of_segment"):
+        if loss is not None and (not callable(loss) or isinstance(loss, type)):
+            got = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
+            raise TypeError(f"loss must be TokenLoss, SampleLoss or a function, got {got}")
         loss = TokenLoss(loss)
     if isinstance(loss, TokenLoss) and loss.shift is None:
         loss = replace(loss, shift=layout.rule(Region.TOKENS, Region.TOKENS) is Rule.CAUSAL)
@@ -497,25 +540,36 @@ def _with_tokens(layout: SegmentLayout, tokens: int) -> SegmentLayout:
 
 def _first_memory(memory: int | Tensor, width: int | None, embed: nn.Module | None) -> Tensor:
     """Rows (M, width) to start from."""
+    if width is not None and (isinstance(width, bool) or not isinstance(width, int)):
+        raise TypeError(f"width must be an int, got {type(width).__name__}")
+    if width is not None and width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+    weight = getattr(embed, "weight", None)
+    known = weight.shape[1] if isinstance(weight, Tensor) and weight.dim() == 2 else None
+    if width is not None and known not in (None, width):
+        raise ValueError(f"width must be the embedding's, {known}, or left out, got {width}")
+    width = known if width is None else width
     if isinstance(memory, Tensor):
         if memory.dim() != 2 or not memory.numel() or not memory.is_floating_point():
             raise ValueError(
                 f"memory must be a number of rows or floating-point rows (M, width), got {memory.dtype} "
                 f"{tuple(memory.shape)}"
             )
+        if width not in (None, memory.shape[1]):
+            raise ValueError(f"memory must have rows of width {width}, got {tuple(memory.shape)}")
         return memory.detach().clone()
     if isinstance(memory, bool) or not isinstance(memory, int):
         raise TypeError(f"memory must be an int or a tensor (M, width), got {type(memory).__name__}")
     if memory < 1:
         raise ValueError(f"memory must be at least 1 row, got {memory}; without memory there is no recurrence")
-    weight = getattr(embed, "weight", None)
-    if isinstance(weight, Tensor) and weight.dim() == 2 and width in (None, weight.shape[1]):
-        # As the authors' wrapper for pretrained models does.
-        scale = float(weight.detach().float().std()) if weight.device.type != "meta" else 1.0
-        return scale * torch.randn(memory, weight.shape[1], dtype=weight.dtype, device=weight.device)
     if width is None:
         raise ValueError("width: neither memory nor embed tells the width of the rows; give width=, or memory as rows")
-    return 0.02 * torch.randn(memory, width)
+    if known is None:
+        return 0.02 * torch.randn(memory, width)
+    assert isinstance(weight, Tensor)
+    # As the authors' wrapper for pretrained models does.
+    scale = 1.0 if weight.device.type == "meta" else float(weight.detach().float().std())
+    return scale * torch.randn(memory, width, dtype=weight.dtype, device=weight.device)
 
 
 def _keywords(backbone: nn.Module) -> frozenset[str]:
