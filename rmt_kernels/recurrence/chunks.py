@@ -74,7 +74,7 @@ def chunked(
     wanted, report = getattr(_local, "pass_", (True, None))
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weights):
         wanted, report = True, None  # no backward pass will follow that could report the value
-    plan = _Plan(total, head, rows, tuple(weights), _autocast(hidden), wanted, report)
+    plan = _Plan(total, head, learned, rows, tuple(weights), _autocast(hidden), wanted, report)
     return _Chunked.apply(plan, hidden, labels, factor, *weights)  # type: ignore[no-any-return]
 
 
@@ -101,6 +101,7 @@ class _Plan:
 
     total: Total
     head: Head
+    learned: nn.Module | None
     rows: int
     weights: tuple[Tensor, ...]
     autocast: Autocast
@@ -138,7 +139,8 @@ class _Chunked(torch.autograd.Function):
         again = RandomState.of(tuple(state), hidden.device).again() if state else nullcontext()
         with again:
             sweep = _Sweep(plan, grad * factor, ctx.needs_input_grad[1])
-            linear = _plain_linear(plan.head, hidden, plan.autocast)
+            # A loss that learns may use the head's weights too.
+            linear = None if plan.learned is not None else _plain_linear(plan.head, hidden, plan.autocast)
             grad_hidden = torch.empty_like(hidden) if sweep.hidden_asked else None
             value: Tensor | None = None
             for first in range(0, len(hidden), plan.rows):
@@ -186,6 +188,7 @@ class _Sweep:
     def __init__(self, plan: _Plan, seed: Tensor, hidden_asked: bool) -> None:
         self.plan, self.seed, self.hidden_asked = plan, seed, hidden_asked
         self.grads: list[Tensor | None] = [None] * len(plan.weights)
+        self._checked = False
 
     def _loss(self, logits: Callable[[], Tensor], labels: Tensor) -> Tensor:
         kind, dtype, enabled = self.plan.autocast
@@ -201,6 +204,7 @@ class _Sweep:
         """The chunk's loss and the gradient of its hidden rows, for any head."""
         piece = hidden.detach().requires_grad_(self.hidden_asked)
         loss = self._loss(lambda: _callable(self.plan.head)(piece), labels)
+        self._check_leaves(loss, piece)
         inputs = ([piece] if self.hidden_asked else []) + list(self.plan.weights)
         found = list(torch.autograd.grad(loss, inputs, self.seed.to(loss.dtype), allow_unused=True))
         grad_hidden = found.pop(0) if self.hidden_asked else None
@@ -213,20 +217,13 @@ class _Sweep:
         piece = hidden.detach().to(linear.weight.dtype)
         logits = linear(piece).requires_grad_()
         loss = self._loss(lambda: logits, labels)
+        self._check_leaves(loss, logits)
+        (grad,) = torch.autograd.grad(loss, logits, self.seed.to(loss.dtype))
         head: Any = self.plan.head
-        others = [
-            i for i, weight in enumerate(self.plan.weights) if weight is not head.weight and weight is not head.bias
-        ]
-        inputs = [logits, *(self.plan.weights[i] for i in others)]
-        grad, *found = torch.autograd.grad(loss, inputs, self.seed.to(loss.dtype), allow_unused=True)
-        for i, new in zip(others, found, strict=True):
-            self._add(i, new)
         for i, weight in enumerate(self.plan.weights):
             old = self.grads[i]
             if weight is head.bias:
                 self._add(i, grad.sum(0, dtype=weight.dtype))
-            elif weight is not head.weight:
-                continue
             elif old is None:
                 self.grads[i] = (grad.t() @ piece).to(weight.dtype)
             elif old.dtype == grad.dtype:
@@ -234,3 +231,23 @@ class _Sweep:
             else:
                 old.add_(grad.t() @ piece)
         return loss.detach(), (grad @ linear.weight).to(hidden.dtype) if self.hidden_asked else None
+
+    def _check_leaves(self, loss: Tensor, *inputs: Tensor) -> None:
+        """Once: what else the loss depends on would get no gradient."""
+        if self._checked:
+            return
+        self._checked = True
+        known = {id(tensor) for tensor in (*inputs, *self.plan.weights)}
+        nodes, seen = [loss.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in known:
+                raise ValueError(
+                    f"function: the loss learns a tensor of shape {tuple(leaf.shape)} that is neither the head's nor "
+                    "its own parameter; make the loss function a torch.nn.Module that has it"
+                )
+            nodes += [parent for parent, _ in node.next_functions]

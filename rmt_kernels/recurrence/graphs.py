@@ -127,7 +127,7 @@ class ReplayGraphs:
     def _explain(self, reason: str) -> None:
         if reason not in self.reasons:
             self.reasons.append(reason)
-            warnings.warn(f"replay_step runs without CUDA graphs: {reason}", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"replay_step runs without CUDA graphs: {reason}", RuntimeWarning, stacklevel=6)
 
     def _attach(self, parameter: nn.Parameter) -> None:
         lasting = self._gradients.get(parameter)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rmt_kernels.recurrence.policies import ReplayError
 from rmt_kernels.recurrence.wrapper import RecurrentMemory
 
 __all__ = ["Alone", "unwrap"]
@@ -65,6 +66,8 @@ class _Sharded(Alone):
         # After an error FSDP2 stands in the middle of an iteration. Older PyTorch can't be told to leave it.
         if kind is not None and hasattr(self._model, "reset_iter_state"):
             self._model.reset_iter_state()
+        if kind is not None and issubclass(kind, ReplayError):
+            _forget_unsharded_gradients(self._model)
         self._model.set_requires_gradient_sync(True)
         if self._gathered:
             self._model.set_reshard_after_backward(True)
@@ -81,6 +84,24 @@ class _Sharded(Alone):
     def roller(self, model: nn.Module, inner: RecurrentMemory) -> Callable[..., Any]:
         """See :class:`Alone`."""
         return model
+
+
+def _forget_unsharded_gradients(model: nn.Module) -> None:
+    """Drop what segments have added up before the averaging that did not come: ``zero_grad`` does not reach it.
+
+    FSDP2 has no public way to it.
+    """
+    for module in model.modules():
+        if not hasattr(module, "_get_fsdp_state"):
+            continue
+        get_state: Any = module._get_fsdp_state
+        state = get_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for parameter in (p for group in groups if group is not None for p in group.fsdp_params):
+            parameter.unsharded_accumulated_grad = None
+            gathered = getattr(parameter, "_unsharded_param", None)
+            if gathered is not None:
+                gathered.grad = None
 
 
 def unwrap(model: nn.Module, gathered: bool) -> tuple[RecurrentMemory, Alone]:

@@ -76,6 +76,8 @@ class RandomNumber:
 
     def __call__(self, step: int) -> int:
         """The value at a step, counted from 0."""
+        if step < 0:
+            raise ValueError(f"step must be at least 0, got {step}")
         low, high = (bound(step) if callable(bound) else bound for bound in (self.low, self.high))
         if high < low:
             raise ValueError(f"high must be at least low, {low} at step {step}, got {high}")

@@ -48,12 +48,17 @@ class SegmentCall:
     extra: Mapping[str, Any]  # for the backbone
 
 
-@dataclass(frozen=True)
 class Stretch:
-    """Some segments in turn, for one call of the module that one backward traversal follows."""
+    """Some segments in turn, for one call of the module that one backward traversal follows.
 
-    calls: tuple[SegmentCall, ...]
-    cuts: tuple[bool, ...]  # whether the memory entering each is detached
+    Not a dataclass: mixed precision of FSDP2 casts the tensors that it finds in one, and the loss's factor stays wide.
+    """
+
+    __slots__ = ("calls", "cuts")
+
+    def __init__(self, calls: tuple[SegmentCall, ...], cuts: tuple[bool, ...]) -> None:
+        self.calls = calls
+        self.cuts = cuts  # whether the memory entering each is detached
 
 
 @dataclass(frozen=True)
@@ -282,7 +287,7 @@ class RecurrentMemory(nn.Module):
             outputs=outputs, **extra,
         )  # fmt: skip
         with RandomState.unless_it_fails(inputs.device):
-            entering = self.entering(batch, memory)
+            entering = self.entering(batch, None if memory is None else self._beside_the_start(memory))
 
             def cell(s: int, entering: Tensor) -> tuple[Tensor | None, Tensor, Any]:
                 return self._segment(batch.call(s), entering, f"segment {s}")
@@ -425,8 +430,8 @@ class RecurrentMemory(nn.Module):
                 )
 
     def head_draws(self) -> bool:
-        """Whether the head has dropout that is on: random numbers, as far as that can be seen."""
-        parts = () if self.head is None else self.head.modules()
+        """Whether the head or the loss has dropout that is on: random numbers, as far as that can be seen."""
+        parts = [part for module in (self.head, self.loss_function) if module is not None for part in module.modules()]
         return any(isinstance(part, _DropoutNd) and part.training and part.p > 0 for part in parts)
 
     def entering(self, batch: Batch, memory: Tensor | None) -> Tensor:
@@ -436,6 +441,17 @@ class RecurrentMemory(nn.Module):
     def _start(self, batch: int) -> Tensor:
         return self.initial_memory.expand(batch, -1, -1)
 
+    def _beside_the_start(self, memory: Tensor) -> Tensor:
+        """``memory``, with a gradient of zero for the initial one.
+
+        Data-parallel wrappers want a gradient of each parameter in every traversal, FSDP2 in the same dtype.
+        """
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not distributed or not torch.is_grad_enabled() or not self.initial_memory.requires_grad:
+            return memory
+        never = torch.zeros((), dtype=torch.bool, device=memory.device)
+        return torch.where(never, self.initial_memory.to(memory.dtype), memory)
+
     def compiled(self) -> bool:
         """Whether ``torch.compile`` was called on a part of it."""
         return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in self.modules())
@@ -444,8 +460,7 @@ class RecurrentMemory(nn.Module):
 
     def _stretch(self, stretch: Stretch, memory: Tensor | None) -> RecurrentOutput:
         """Some segments, connected, for :func:`replay_step`; outputs are a tuple, one for each."""
-        if memory is None:
-            memory = self._start(len(stretch.calls[0].inputs))
+        memory = self._start(len(stretch.calls[0].inputs)) if memory is None else self._beside_the_start(memory)
         total: Tensor | None = None
         pieces = []
         for call, cut in zip(stretch.calls, stretch.cuts, strict=True):
