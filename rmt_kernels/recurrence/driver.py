@@ -113,6 +113,8 @@ def replay_step(
                 f"{name} has a graph of its own, which every segment would go back through; give replay_step its "
                 "detach(), or use bptt=Replay() and loss.backward()"
             )
+    if parallel.sharded and isinstance(memory, Tensor):  # mixed precision of FSDP2 returns it in its own dtype
+        memory = memory.to(inner.initial_memory.dtype)
     batch = inner.batch(
         inputs, labels=labels, lengths=lengths, label_mask=label_mask, memory=memory, segment=segment, **extra
     )

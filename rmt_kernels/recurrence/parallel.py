@@ -19,6 +19,7 @@ class Alone:
     """One process: nothing to arrange. Entered for the whole step."""
 
     synchronises = False
+    sharded = False
 
     def __enter__(self) -> Alone:
         return self
@@ -51,7 +52,7 @@ class _Replicated(Alone):
 class _Sharded(Alone):
     """FSDP2. Every call goes through the root, whose hooks gather the parameters."""
 
-    synchronises = True
+    synchronises = sharded = True
 
     def __init__(self, model: Any, gathered: bool) -> None:
         self._model, self._gathered = model, gathered

@@ -25,7 +25,13 @@ Cell = Callable[[int, Tensor], tuple[Tensor | None, Tensor, Any]]
 
 
 def run(
-    cell: Cell, memory: Tensor, count: int, policy: Policy, kept: int, order: Iterable[int]
+    cell: Cell,
+    memory: Tensor,
+    count: int,
+    policy: Policy,
+    kept: int,
+    order: Iterable[int],
+    cut: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor | None, Tensor, list[Any]]:
     """All segments in turn: their summed loss (None: no segment has one), the last memory, what each put out.
 
@@ -36,13 +42,14 @@ def run(
         policy: what is cut off and recomputed.
         kept: under Replay, how many of the last segments are not recomputed.
         order: ``range(count)``, perhaps showing progress.
+        cut: detaches a memory.
     """
     total: Tensor | None = None
     outputs = []
     replay = policy if isinstance(policy, Replay) and torch.is_grad_enabled() else None
     for s in order:
         if policy.cuts(s, count):
-            memory = memory.detach()
+            memory = cut(memory)
         if replay is not None and s < count - kept:
             loss, memory, output = _replayed(cell, s, memory, replay)
         else:

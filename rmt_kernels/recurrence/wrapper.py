@@ -297,7 +297,7 @@ class RecurrentMemory(nn.Module):
                 self.refuse_wrapped_parts()
                 kept = self.kept(batch, self.bptt, lambda call: self._segment(call, entering, ""))
             order = bar(batch.count, progress)
-            loss, memory, pieces = run(cell, entering, batch.count, self.bptt, kept, order)
+            loss, memory, pieces = run(cell, entering, batch.count, self.bptt, kept, order, self._cut)
         if loss is None and labels is not None:
             loss = memory.new_zeros(())
         return RecurrentOutput(loss, memory, join(batch, pieces))
@@ -328,7 +328,8 @@ class RecurrentMemory(nn.Module):
                 f"inputs must be rows (batch, length, {width}), got {inputs.dtype} {tuple(inputs.shape)}; for token "
                 "numbers give RecurrentMemory embed="
             )
-        device = self.initial_memory.device
+        # Sharded parameters may wait on the host.
+        device = inputs.device if self._sharded() else self.initial_memory.device
         if inputs.device != device:
             raise ValueError(f"inputs must be on the model's device, {device}, got {inputs.device}")
         layout = self.layout
@@ -342,7 +343,7 @@ class RecurrentMemory(nn.Module):
         if outputs is not None and outputs.endswith("logits") and self.head is None:
             raise ValueError(f"outputs={outputs!r} needs a head; give RecurrentMemory head=, or ask for 'hidden'")
         if memory is not None:
-            self._check_memory_argument(memory, len(inputs))
+            self._check_memory_argument(memory, len(inputs), device)
         taken = [name for name in ("layout", "token_lengths") if name in extra]
         if taken:
             raise TypeError(f"{taken[0]} is given to the backbone by RecurrentMemory; for padding use lengths=")
@@ -368,15 +369,15 @@ class RecurrentMemory(nn.Module):
             raise ValueError("label_mask is given without labels")
         return Batch(inputs, segments, layout, self.loss, weighed, outputs, extra)
 
-    def _check_memory_argument(self, memory: Tensor, batch: int) -> None:
+    def _check_memory_argument(self, memory: Tensor, batch: int, device: torch.device) -> None:
         like = self.initial_memory
         if not isinstance(memory, Tensor):
             raise TypeError(f"memory must be a torch.Tensor, got {type(memory).__name__}")
         if memory.dtype != like.dtype:
             raise TypeError(f"memory must be {like.dtype}, as initial_memory is, got {memory.dtype}")
-        if memory.shape != (batch, *like.shape) or memory.device != like.device:
+        if memory.shape != (batch, *like.shape) or memory.device != device:
             raise ValueError(
-                f"memory must have shape {(batch, *like.shape)}, (batch, memory rows, width), on {like.device}, got "
+                f"memory must have shape {(batch, *like.shape)}, (batch, memory rows, width), on {device}, got "
                 f"{tuple(memory.shape)} on {memory.device}"
             )
         if self.check_memory:
@@ -406,15 +407,19 @@ class RecurrentMemory(nn.Module):
 
         return policy.kept(batch.count, measure)
 
+    def _sharded(self) -> bool:
+        return hasattr(self, "set_requires_gradient_sync")
+
     def refuse_wrapped_parts(self) -> None:
         """Raise ValueError where a data-parallel wrapper holds a part of this module and not the whole of it."""
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return
-        whole = hasattr(self, "set_requires_gradient_sync")
+        whole = self._sharded()
         for name, module in self.named_modules():
             wrapper = "DistributedDataParallel" if isinstance(module, DistributedDataParallel) else "fully_shard"
-            sharded = hasattr(module, "set_requires_gradient_sync") and module is not self and not whole
-            if sharded or isinstance(module, DistributedDataParallel):
+            # Inside a larger module that is the root, blocks know that they are not.
+            part = not whole and hasattr(module, "_get_fsdp_state") and module._get_fsdp_state()._is_root is not False  # type: ignore[operator]
+            if part or isinstance(module, DistributedDataParallel):
                 raise ValueError(
                     f"{name}: {wrapper} must hold the whole RecurrentMemory, not only a part of it such as the "
                     "backbone; the gradients of what is outside, initial_memory among it, would not be averaged. "
@@ -452,6 +457,9 @@ class RecurrentMemory(nn.Module):
         never = torch.zeros((), dtype=torch.bool, device=memory.device)
         return torch.where(never, self.initial_memory.to(memory.dtype), memory)
 
+    def _cut(self, memory: Tensor) -> Tensor:
+        return self._beside_the_start(memory.detach())
+
     def compiled(self) -> bool:
         """Whether ``torch.compile`` was called on a part of it."""
         return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in self.modules())
@@ -464,7 +472,7 @@ class RecurrentMemory(nn.Module):
         total: Tensor | None = None
         pieces = []
         for call, cut in zip(stretch.calls, stretch.cuts, strict=True):
-            loss, memory, piece = self._segment(call, memory.detach() if cut else memory, "a segment")
+            loss, memory, piece = self._segment(call, self._cut(memory) if cut else memory, "a segment")
             if loss is not None:
                 total = loss if total is None else total + loss
             pieces.append(piece)
