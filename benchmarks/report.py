@@ -18,11 +18,10 @@ from benchmarks.environment import ROOT
 from benchmarks.recurrence import tables as recurrence
 from benchmarks.tables import Table, error_table, headline, language_model, limits, published, summary_lines
 
-__all__ = ["LATEST", "load", "main", "render", "update_readme"]
+__all__ = ["LATEST", "load", "main", "render", "replace_block", "source_line", "update_readme"]
 
 RESULTS = ROOT / "benchmarks" / "results"
 LATEST = RESULTS / "latest"
-_START, _END = "<!-- measured:start -->", "<!-- measured:end -->"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222a35; max-width: 1150px; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
@@ -107,21 +106,35 @@ def write(
     return report
 
 
+def replace_block(page: Path, name: str, lines: Sequence[str]) -> None:
+    """Replace what stands between the two ``name`` comments of a page.
+
+    Raises:
+        ValueError: the page does not have exactly one of each, in order.
+    """
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    text = page.read_text(encoding="utf-8")
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"{page}: expected one {start} followed by one {end}")
+    before, rest = text.split(start)
+    page.write_text("\n".join([before + start, *lines, end + rest.split(end)[1]]), encoding="utf-8")
+
+
+def source_line(result: Path) -> str:
+    """Where numbers on a page come from."""
+    name = result.resolve().relative_to(ROOT) if result.resolve().is_relative_to(ROOT) else result.name
+    return f"From `{name}`."
+
+
 def update_readme(result: Path, readme: Path) -> None:
     """Replace what stands between the two ``measured`` comments of the README by the tables of a result file."""
-    text = readme.read_text(encoding="utf-8")
-    if text.count(_START) != 1 or text.count(_END) != 1 or text.index(_START) > text.index(_END):
-        raise ValueError(f"{readme}: expected one {_START} followed by one {_END}")
     results = json.loads(result.read_text(encoding="utf-8"))
     table, model = headline(results), language_model(results)
     block = [table.title + ":", "", table.markdown(level=0), ""]
     if model is not None:
         block += [model.title + ":", "", model.markdown(level=0), ""]
-    name = result.resolve().relative_to(ROOT) if result.resolve().is_relative_to(ROOT) else result.name
-    block += [f"<sub>{'<br>'.join(summary_lines(results)[:3])}<br>From `{name}`.</sub>"]
-    before, rest = text.split(_START)
-    after = rest.split(_END)[1]
-    readme.write_text("\n".join([before + _START, *block, _END + after]), encoding="utf-8")
+    block += [f"<sub>{'<br>'.join(summary_lines(results)[:3])}<br>{source_line(result)}</sub>"]
+    replace_block(readme, "measured", block)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,7 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Table", "error_table", "headline", "language_model", "limits", "published", "summary_lines"]
+__all__ = [
+    "Table",
+    "environment_lines",
+    "error_table",
+    "headline",
+    "language_model",
+    "limits",
+    "published",
+    "summary_lines",
+]
 
 Record = dict[str, Any]
 Results = dict[str, Any]
@@ -247,21 +256,24 @@ def language_model(results: Results) -> Table | None:
 
 def summary_lines(results: Results) -> list[str]:
     """Where, with what and when; and what was left out or went wrong."""
-    here = results["environment"]
-    device, versions = here["device"], here["versions"]
-    lines = [
-        f"{device['cpu']}, {device['cores']} cores, {device['threads']} threads, kernels for {device['kernel_isa']} "
-        f"({', '.join(device['vector_units'])})",
-        f"rmt_kernels {versions['rmt_kernels']}, torch {versions['torch']}, Python {versions['python']}, "
-        f"commit {here['commit'][:12]}{'-dirty' if here['commit'].endswith('-dirty') else ''}, {here['date']}",
-        f"{here['command']} ({results['plan']} run)",
-    ]
+    lines = [*environment_lines(results["environment"]), f"{results['environment']['command']} ({results['plan']} run)"]
     if results["left_out"]:
         lines.append(
             f"left out, no time left in this {results['plan']} run: {len(results['left_out'])} experiments "
             f"({results['left_out'][0]} … {results['left_out'][-1]}); python -m benchmarks --full has more time"
         )
     return lines + [f"FAILED {line}" for line in failures(results)]
+
+
+def environment_lines(here: dict[str, Any]) -> list[str]:
+    """Where, with what and when."""
+    device, versions = here["device"], here["versions"]
+    return [
+        f"{device['cpu']}, {device['cores']} cores, {device['threads']} threads, kernels for {device['kernel_isa']} "
+        f"({', '.join(device['vector_units'])})",
+        f"rmt_kernels {versions['rmt_kernels']}, torch {versions['torch']}, Python {versions['python']}, "
+        f"commit {here['commit'][:12]}{'-dirty' if here['commit'].endswith('-dirty') else ''}, {here['date']}",
+    ]
 
 
 def failures(results: Results) -> list[str]:

@@ -13,9 +13,18 @@ from typing import Any
 from benchmarks.environment import ROOT, environment
 from benchmarks.recurrence.limits import failures
 from benchmarks.recurrence.runs import FULL, QUICK, run
-from benchmarks.recurrence.tables import summary_lines, tables
+from benchmarks.recurrence.tables import (
+    evaluation_table,
+    goal_table,
+    memory_table,
+    summary_lines,
+    tables,
+    time_table,
+)
+from benchmarks.report import replace_block, source_line
+from benchmarks.tables import environment_lines
 
-__all__ = ["main"]
+__all__ = ["main", "update_docs"]
 
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "pictures" / "recurrence.png"
@@ -24,6 +33,34 @@ PICTURE = ROOT / "docs" / "pictures" / "recurrence.png"
 def _where(results: dict[str, Any]) -> str:
     device = results["environment"]["device"]
     return f"{device['cpu']}, {device['threads']} thread{'s' * (device['threads'] != 1)}"
+
+
+def update_docs(results: dict[str, Any], result: Path) -> None:
+    """Write a result's tables into the README and the chapter, between the ``recurrence`` comments."""
+    what = environment_lines(results["environment"])
+    command = "python -m benchmarks.recurrence --full"
+    source = f"<sub>{'<br>'.join([*what, command, *summary_lines(results)])}<br>{source_line(result)}</sub>"
+    memory, time, evaluation = memory_table(results), time_table(results), evaluation_table(results)
+    picture = "![Peak activations against the number of segments, and the time of a step]"
+    replace_block(
+        ROOT / "docs" / "recurrence.md",
+        "recurrence",
+        [
+            *("", f"{picture}(pictures/recurrence.png)", ""),
+            *(
+                line
+                for table in (memory, time, evaluation)
+                for line in (table.title + ":", "", table.markdown(level=0), "")
+            ),
+            source,
+        ],
+    )
+    goals = goal_table(results)
+    replace_block(
+        ROOT / "README.md",
+        "recurrence",
+        ["", goals.markdown(level=0), "", source],
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,7 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--save", metavar="NAME", help="also keep benchmarks/results/NAME.json and docs/pictures/recurrence.png"
     )
+    parser.add_argument("--docs", action="store_true", help="with --render: write FILE's tables into the documentation")
     options = parser.parse_args(arguments)
+    if options.docs and options.render is None:
+        parser.error("--docs needs --render FILE")
     from benchmarks.recurrence import plots
 
     if options.render is not None:
@@ -67,6 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
         (RESULTS / f"{options.save}.json").write_text(text, encoding="utf-8")
         plots.save(results, _where(results), PICTURE)
         print(f"saved {RESULTS / options.save}.json and {PICTURE}")
+    if options.docs:
+        update_docs(results, options.render)
+        print("wrote the tables into README.md and docs/recurrence.md")
     return 1 if failures(results) else 0
 
 
