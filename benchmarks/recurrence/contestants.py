@@ -6,6 +6,7 @@ A contestant's step runs forward and backward and leaves the gradients in ``.gra
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +19,19 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.recurrence.model import IGNORED, Subject
 from rmt_kernels import Replay, replay_step
 from rmt_kernels.recurrence import ReplayGraphs
+from rmt_kernels.recurrence.chunks import without_value
+from rmt_kernels.recurrence.wrapper import Stretch
+from rmt_kernels.tape import Tape
 
-__all__ = ["CONTESTANTS", "TRUNCATION", "Contestant", "attention_alone", "forward_alone", "plain_loss"]
+__all__ = [
+    "CONTESTANTS",
+    "TRUNCATION",
+    "Contestant",
+    "attention_alone",
+    "forward_alone",
+    "plain_loss",
+    "recomputation_alone",
+]
 
 Step = Callable[[Tensor], Tensor]  # tokens to the loss
 Segment = Callable[..., tuple[Tensor, Tensor]]
@@ -168,6 +180,20 @@ def forward_alone(subject: Subject, ids: Tensor) -> Callable[[], object]:
         with torch.no_grad(), subject.precision():
             return model(ids, labels=ids).loss
 
+    return run
+
+
+def recomputation_alone(subject: Subject, kept: bool) -> Callable[[], object]:
+    """One segment run again with a graph, its attention computed or, ``kept``, taken from the pass before."""
+    model, ids, tape = subject.recurrent(Replay()), subject.inputs(1), Tape()
+    again = Stretch((model.batch(ids, labels=ids).call(0),), (False,))
+
+    def run() -> object:
+        with tape.replaying() if kept else nullcontext(), subject.precision(), without_value():
+            return model(again)
+
+    with tape.recording(), subject.precision():
+        model(again)
     return run
 
 

@@ -96,15 +96,18 @@ def _saved(results: Results, name: str) -> float | None:
 
 def _attention_saved(results: Results) -> float | None:
     """Percent of the recomputed segments' attention, forward, that keeping it saves; the last one isn't recomputed."""
-    # It is a small part of a step: where the two were timed in many rounds by themselves, those are taken.
-    timed: Results = {"time": results.get("attention_time") or results.get("time", [])}
+    # It is a small part of a step: where one segment that is run again was timed by itself, that is taken.
+    alone: Results = {"time": results.get("attention_time", [])}
+    timed = alone if alone["time"] else results
     record = _record(timed, "replay")
     share = seconds_of(timed, "attention")
     saved = _paired(timed, ("replay", "replay_attention"), lambda a, b: a - b)
-    if record is None or not share or saved is None or record["segments"] < 2 or len(record["rounds"]) < _LEAST_ROUNDS:
+    if record is None or not share or saved is None or len(record["rounds"]) < _LEAST_ROUNDS:
         return None
-    recomputed: float = (record["segments"] - 1) / record["segments"]
-    return 100 * saved / (share * recomputed)
+    if timed is alone:
+        return 100 * saved / share
+    segments: int = record["segments"]
+    return 100 * saved / (share * (segments - 1) / segments) if segments > 1 else None
 
 
 def _over_full(results: Results, name: str = "replay") -> float | None:

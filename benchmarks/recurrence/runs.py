@@ -12,7 +12,13 @@ import torch
 
 from benchmarks.measure import Check, interleave, spread
 from benchmarks.recurrence.check import Truth, check, truth
-from benchmarks.recurrence.contestants import CONTESTANTS, Contestant, attention_alone, forward_alone
+from benchmarks.recurrence.contestants import (
+    CONTESTANTS,
+    Contestant,
+    attention_alone,
+    forward_alone,
+    recomputation_alone,
+)
 from benchmarks.recurrence.evaluation import Reader, evaluate
 from benchmarks.recurrence.memory import weigh
 from benchmarks.recurrence.model import Sizes, Subject
@@ -74,7 +80,7 @@ FULL = Plan(
     ),
     time_rounds=15,
     time_budget=170.0,
-    attention_rounds=40,
+    attention_rounds=300,
     attention_budget=90.0,
     memory=(("replay", (4, 8, 16, 32, 64)), ("loop", (4, 8, 16, 32, 64)), ("driver", (4, 32, 64))),
     more_memory=(
@@ -222,6 +228,24 @@ def time_steps(
     return list(records.values())
 
 
+def time_recomputation(
+    subject: Subject, *, rounds: int, budget: float, tick: Callable[[], object] = lambda: None
+) -> list[Record]:
+    """Records of one segment run again ("replay"), the same with its attention kept ("replay_attention"), and its
+    attention alone ("attention"): in a whole step the difference would drown.
+    """
+    parts = {
+        "replay": ("one segment run again", recomputation_alone(subject, kept=False)),
+        "replay_attention": ("one segment run again, attention kept", recomputation_alone(subject, kept=True)),
+        "attention": ("attention of one segment, alone", attention_alone(subject, 1)),
+    }
+    records = {name: _time_record(name, label, 1, None, "") for name, (label, _) in parts.items()}
+    steps = {name: step for name, (_, step) in parts.items()}
+    for name, values in interleave(steps, rounds=rounds, warmup=0.0, budget=budget, tick=tick).items():
+        records[name] |= {"rounds": values, "seconds": spread(values)}
+    return list(records.values())
+
+
 def _time_record(name: str, label: str, segments: int, checked: Check | None, note: str) -> Record:
     return {
         "contestant": name, "label": label, "segments": segments, "same": True, "note": note,
@@ -357,11 +381,9 @@ def run(plan: Plan, *, contestants: Mapping[str, Contestant] = CONTESTANTS, prog
         bar.update(plan.time_rounds - _rounds(results["time"]))
         if plan.attention_rounds:
             say("time that keeping attention saves")
-            results["attention_time"] = time_steps(
-                subject, {name: checker(name) for name in ("replay", "replay_attention")},
-                max(2, plan.time_segments // 2), rounds=plan.attention_rounds, budget=plan.attention_budget,
-                contestants=contestants, tick=bar.update,
-            )  # fmt: skip
+            results["attention_time"] = time_recomputation(
+                subject, rounds=plan.attention_rounds, budget=plan.attention_budget, tick=bar.update
+            )
             bar.update(plan.attention_rounds - _rounds(results["attention_time"]))
         weigh_points(later, plan.seconds - 1.5 * plan.evaluation_budget)
         results["checks"] = checker.records()
