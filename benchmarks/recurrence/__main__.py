@@ -10,7 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.environment import ROOT, environment
+from benchmarks.recurrence.evaluation import evaluate
 from benchmarks.recurrence.limits import failures
 from benchmarks.recurrence.runs import FULL, QUICK, run
 from benchmarks.recurrence.tables import (
@@ -27,6 +30,7 @@ from benchmarks.tables import environment_lines
 __all__ = ["main", "update_docs"]
 
 RESULTS = ROOT / "benchmarks" / "results"
+_ROUNDS, _SECONDS = 4, 240.0  # of --evaluate
 PICTURE = ROOT / "docs" / "pictures" / "recurrence.png"
 
 
@@ -78,10 +82,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--save", metavar="NAME", help="also keep benchmarks/results/NAME.json and docs/pictures/recurrence.png"
     )
+    parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="with --render: measure the reading of long inputs again, in more rounds",
+    )
     parser.add_argument("--docs", action="store_true", help="with --render: write FILE's tables into the documentation")
     options = parser.parse_args(arguments)
-    if options.docs and options.render is None:
-        parser.error("--docs needs --render FILE")
+    if (options.docs or options.evaluate) and options.render is None:
+        parser.error("--docs and --evaluate need --render FILE")
     from benchmarks.recurrence import plots
 
     if options.render is not None:
@@ -93,6 +102,11 @@ def main(arguments: list[str] | None = None) -> int:
             results = results.get("recurrence", results)  # of a result of python -m benchmarks
         if not isinstance(results, dict) or not {"memory", "time", "sizes", "environment"} <= set(results):
             parser.error(f"{options.render}: not a result of python -m benchmarks.recurrence")
+        if options.evaluate:
+            results["evaluation"] = evaluate(
+                FULL.reader, FULL.evaluated, torch.device("cpu"), rounds=_ROUNDS, budget=_SECONDS
+            )
+            results["evaluation_again"] = environment()  # another run than the rest
     else:
         results = run(FULL if options.full else QUICK)
         results["environment"] = environment()

@@ -122,6 +122,8 @@ def summary_lines(results: Results) -> list[str]:
     again, replay = seconds_of(results, "again"), seconds_of(results, "replay")
     if again and replay:
         lines.append(f"noise: Replay() against itself {again / replay:.3f}x")
+    if results.get("evaluation_again"):
+        lines.append(f"long inputs were read in a run of their own, {results['evaluation_again']['date']}")
     if results.get("left_out"):
         left = results["left_out"]
         lines.append(f"left out, no time left: {len(left)} measurements ({left[0]} … {left[-1]})")
