@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import accumulate
 from statistics import quantiles
 from typing import Any
 
@@ -234,12 +235,11 @@ def _without_profiler_lines() -> Iterator[None]:
                     os.write(2, line)
 
 
-def peak_bytes(step: Callable[[], object]) -> int:
-    """The most bytes that PyTorch's CPU allocator held at a time for one call, results included.
+def allocations(step: Callable[[], object]) -> list[int]:
+    """Bytes that PyTorch's CPU allocator handed out during one call, in order, those given back negative.
 
-    Kernels that take their scratch from ``at::empty``, as ours do, are seen in full.
+    Results are given back at the end. Kernels that take their scratch from ``at::empty``, as ours do, are seen in full.
     """
-    gc.collect()
     with (
         _without_profiler_lines(),
         torch.autograd.profiler.profile(use_cpu=True, profile_memory=True) as profiler,
@@ -248,11 +248,13 @@ def peak_bytes(step: Callable[[], object]) -> int:
     del kept
     assert profiler.kineto_results is not None
     events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most bytes that PyTorch's CPU allocator held at a time for one call, results included."""
+    gc.collect()
+    return max(accumulate(allocations(step), initial=0))
 
 
 # -- time --------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from benchmarks.gpu.targets import Record, Results, kernel_ratio, records_of, seconds
+from benchmarks.labels import push_apart
 from benchmarks.plots import write
 from benchmarks.recurrence import plots as recurrence
 from benchmarks.recurrence.on_gpu import collect
@@ -43,13 +44,7 @@ def _spread_labels(ax: Axes, ends: Sequence[tuple[str, float]], right: float) ->
     """Names beside the ends of the lines, pushed apart where they would overlap, each with a thin line to its end."""
     low, high = ax.get_ylim()
     apart = 0.058 * (high - low)
-    places = sorted(y for _, y in ends)
-    for _ in range(200):  # neighbours push each other apart by halves, so a cluster stays centred on its lines
-        for i in range(len(places) - 1):
-            overlap = apart - (places[i + 1] - places[i])
-            if overlap > 0:
-                places[i], places[i + 1] = places[i] - overlap / 2, places[i + 1] + overlap / 2
-        places = [min(max(place, low), high) for place in places]
+    places = push_apart([y for _, y in ends], apart, low, high)
     for (name, y), place in zip(sorted(ends, key=lambda end: end[1]), places, strict=True):
         label, colour, _ = _STYLES[name]
         ax.annotate(

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import _without_profiler_lines
+from benchmarks.measure import allocations
 
 __all__ = ["Peak", "peaks", "weigh"]
 
@@ -53,18 +53,6 @@ def peaks(changes: Iterable[int], apart: frozenset[int]) -> tuple[int, int, int]
         held[abs(change) in apart] += change
         most = [max(most[0], sum(held)), max(most[1], held[0]), max(most[2], held[1])]
     return most[0], most[1], most[2]
-
-
-def _on_cpu(step: Step) -> list[int]:
-    with (
-        _without_profiler_lines(),
-        torch.autograd.profiler.profile(use_cpu=True, profile_memory=True) as profiler,
-    ):
-        kept = step()
-    del kept
-    assert profiler.kineto_results is not None
-    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def _changes(trace: Iterable[dict[str, Any]]) -> list[int]:
@@ -120,7 +108,7 @@ def weigh(step: Step, parameters: Iterable[Tensor], device: torch.device, apart:
     gc.collect()
     changes: list[int] | None
     if device.type == "cpu":
-        changes = _on_cpu(step)
+        changes = allocations(step)
         total = peaks(changes, apart)[0]
     else:
         total, changes = _on_gpu(step, device)

@@ -13,6 +13,7 @@ matplotlib.use("Agg")  # files only, no display needed
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
+from benchmarks.labels import push_apart
 from benchmarks.recurrence.limits import memory_of, rounds_of, seconds_of
 from benchmarks.recurrence.model import Sizes
 
@@ -47,13 +48,7 @@ def _ends(ax: Axes, ends: Sequence[tuple[str, float, float]]) -> None:
     apart = 0.047 * (high - low)
     right = ax.get_xlim()[1]
     order = sorted(ends, key=lambda end: end[2])
-    places = [math.log10(y) for _, _, y in order]
-    for _ in range(300):  # neighbours push each other apart by halves, so a cluster stays centred on its lines
-        for i in range(len(places) - 1):
-            overlap = apart - (places[i + 1] - places[i])
-            if overlap > 0:
-                places[i], places[i + 1] = places[i] - overlap / 2, places[i + 1] + overlap / 2
-        places = [max(place, low + apart / 2) for place in places]
+    places = push_apart([math.log10(y) for _, _, y in order], apart, low + apart / 2)
     for (name, x, y), place in zip(order, places, strict=True):
         label, colour, _ = _STYLES[name]
         ax.annotate(

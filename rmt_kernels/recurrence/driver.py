@@ -14,7 +14,7 @@ from rmt_kernels.recurrence.chunks import without_value
 from rmt_kernels.recurrence.parallel import Alone, unwrap
 from rmt_kernels.recurrence.policies import Replay, ReplayError
 from rmt_kernels.recurrence.randomness import RandomState
-from rmt_kernels.recurrence.replay import no_attention
+from rmt_kernels.recurrence.replay import go_back, no_attention
 from rmt_kernels.recurrence.wrapper import Batch, RecurrentMemory, RecurrentOutput, SegmentCall, Stretch, bar
 from rmt_kernels.tape import Tape
 
@@ -240,7 +240,7 @@ class _Step:
         handed_on = self.last
         if self.first_kept < self.count:
             with self.parallel.segment(self.sync and self.first_kept == 0):
-                self._traverse(self.loss, seed, None, None)
+                go_back(self.loss, seed, None, None, self.total)
             if self.first_kept:
                 assert self.entering is not None
                 handed_on, grad = self.entering.detach(), self.entering.grad
@@ -274,25 +274,11 @@ class _Step:
             with self._value(), nullcontext() if tape is None else tape.replaying():
                 loss, new, _ = self.model(Stretch((call,), (False,)), memory=entering)
             self._compare(s, new, handed_on)
-            self._traverse(loss, seed, new, grad)
+            go_back(loss, seed, new, grad, self.total)
         if s == 0:
             return handed_on, None
         assert entering is not None
         return entering.detach(), entering.grad
-
-    def _traverse(self, loss: Tensor | None, seed: Tensor, new: Tensor | None, grad: Tensor | None) -> None:
-        roots, grads = [], []
-        if loss is not None:
-            self.total += loss.detach()  # zero where backward adds it
-            if loss.requires_grad:
-                roots.append(loss)
-                grads.append(seed.to(loss.dtype))
-        if new is not None and new.requires_grad and grad is not None:
-            roots.append(new)
-            grads.append(grad)
-        if roots:
-            with torch.autocast(self.device.type, enabled=False):
-                torch.autograd.backward(roots, grads)
 
     def _compare(self, s: int, new: Tensor, handed_on: Tensor) -> None:
         if not self.policy.check:

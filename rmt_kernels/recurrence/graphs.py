@@ -16,9 +16,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rmt_kernels.recurrence.checks import at_least
 from rmt_kernels.recurrence.chunks import without_value
 from rmt_kernels.recurrence.policies import Replay
 from rmt_kernels.recurrence.randomness import RandomState
+from rmt_kernels.recurrence.replay import go_back
 from rmt_kernels.recurrence.wrapper import Batch, RecurrentMemory, SegmentCall, Stretch
 
 __all__ = ["ReplayGraphs"]
@@ -50,10 +52,7 @@ class ReplayGraphs:
 
     def __init__(self, *, shapes: int = 4, warmup: int = 3) -> None:
         for name, value in (("shapes", shapes), ("warmup", warmup)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            at_least(name, value, 1)
         self.shapes, self.warmup = shapes, warmup
         self.reasons: list[str] = []
         self._model: RecurrentMemory | None = None
@@ -108,7 +107,7 @@ class ReplayGraphs:
     def _objection(self, model: nn.Module, batch: Batch, policy: Replay) -> str | None:
         if not self._on_gpu(batch.inputs.device):
             return f"CUDA graphs need a CUDA device, the model is on {batch.inputs.device}"
-        if not isinstance(model, RecurrentMemory) or hasattr(model, "set_requires_gradient_sync"):
+        if not isinstance(model, RecurrentMemory) or model.sharded():
             return "a data-parallel model is not captured: its gradients are averaged by hooks outside of a graph"
         if model.check_memory:
             return "check_memory=True looks at values, which a graph can't"
@@ -255,16 +254,7 @@ class _Bodies:
         self._leaf.grad = None
         with torch.enable_grad(), without_value(self._total):
             loss, new, _ = self._model(Stretch((self._call,), (False,)), memory=self._leaf)  # type: ignore[arg-type]
-        roots, grads = [], []
-        if loss is not None:
-            self._total += loss.detach()
-            if loss.requires_grad:
-                roots, grads = [loss], [self._seed.to(loss.dtype)]
-        if new.requires_grad:
-            roots.append(new)
-            grads.append(self._grad)
-        with torch.autocast(self._memory.device.type, enabled=False):
-            torch.autograd.backward(roots, grads)
+        go_back(loss, self._seed, new, self._grad, self._total)
         self._new.copy_(new.detach())
         if self._leaf.grad is None:
             self._grad_in.zero_()

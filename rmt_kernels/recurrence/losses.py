@@ -157,7 +157,7 @@ class TokenLoss:
         counts = torch.zeros(segments.count, dtype=torch.int64, device=labels.device)
         counts.scatter_add_(0, where.clamp(0, segments.count - 1).reshape(-1), counted.reshape(-1).long())
         silent: frozenset[int] = frozenset()
-        if last is not None and (segments.align == "right" or segments.lengths is None):
+        if last is not None and segments.end_together:
             silent = frozenset(range(segments.count - 1))
         elif isinstance(self.weights, tuple):
             silent = frozenset(s for s, weight in enumerate(self.weights) if weight == 0)
@@ -234,7 +234,7 @@ class SampleLoss:
             lengths = torch.full((segments.batch,), segments.length, device=labels.device)
         if self.weights == "last":
             last, number = segments.last(), (lengths > 0).sum()
-            if segments.align == "right" or segments.lengths is None:
+            if segments.end_together:
                 silent = frozenset(range(segments.count - 1))
         else:
             number = torch.div(lengths + segments.size - 1, segments.size, rounding_mode="floor").sum()

@@ -131,7 +131,7 @@ def unwrap(model: nn.Module, gathered: bool) -> tuple[RecurrentMemory, Alone]:
             "model must be a RecurrentMemory, DistributedDataParallel around one, or one that fully_shard was called "
             f"on, got {_name(model)}"
         )
-    if hasattr(model, "set_requires_gradient_sync"):
+    if model.sharded():
         return model, _Sharded(model, gathered)
     if gathered:
         raise ValueError("gathered=True is for a model that fully_shard was called on")

@@ -5,18 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rmt_kernels.recurrence.checks import at_least
+
 __all__ = ["Policy", "Replay", "ReplayError", "Truncate", "resolve"]
 
 
 class ReplayError(RuntimeError):
     """The backward sweep of a replay failed part of the way: ``.grad`` is partial and must be zeroed."""
-
-
-def _count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class Truncate:
     every: bool = False
 
     def __post_init__(self) -> None:
-        _count("segments", self.segments, 1)
+        at_least("segments", self.segments, 1)
         if not isinstance(self.every, bool):
             raise TypeError(f"every must be True or False, got {type(self.every).__name__}")
 
@@ -81,15 +76,15 @@ class Replay:
     check: bool = False
 
     def __post_init__(self) -> None:
-        _count("keep", self.keep, 0)
+        at_least("keep", self.keep, 0)
         if self.budget_bytes is not None:
-            _count("budget_bytes", self.budget_bytes, 1)
+            at_least("budget_bytes", self.budget_bytes, 1)
             if self.keep != 1:
                 raise ValueError(f"keep={self.keep} and budget_bytes={self.budget_bytes}: give one of them")
         if self.recompute not in ("all", "except_attention"):
             raise ValueError(f"recompute must be 'all' or 'except_attention', got {self.recompute!r}")
         if self.truncate is not None and not isinstance(self.truncate, Truncate):
-            _count("truncate", self.truncate, 1)
+            at_least("truncate", self.truncate, 1)
             object.__setattr__(self, "truncate", Truncate(self.truncate))
         for name in ("offload", "check"):
             if not isinstance(getattr(self, name), bool):

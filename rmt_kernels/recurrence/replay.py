@@ -18,7 +18,7 @@ from rmt_kernels.recurrence.chunks import without_value
 from rmt_kernels.recurrence.policies import Policy, Replay
 from rmt_kernels.tape import Tape
 
-__all__ = ["Cell", "activation_bytes", "no_attention", "run"]
+__all__ = ["Cell", "activation_bytes", "go_back", "no_attention", "run"]
 
 # (segment number, the memory entering it) to (its share of the loss, the next memory, what to put out of it)
 Cell = Callable[[int, Tensor], tuple[Tensor | None, Tensor, Any]]
@@ -109,6 +109,25 @@ def no_attention() -> ValueError:
         "recompute='except_attention' keeps the attention of rmt_kernels' own kernels, and the segment calls none; use "
         "rmt_kernels.segment_attention with a backend other than 'stock' and 'reference', or recompute='all'"
     )
+
+
+def go_back(loss: Tensor | None, seed: Tensor, new: Tensor | None, grad: Tensor | None, total: Tensor) -> None:
+    """One backward traversal, from a loss and from the memory that was handed on with its gradient, as far as they are.
+
+    The loss, which ``seed`` is the gradient of, is added to ``total``, on whose device everything lies.
+    """
+    roots, grads = [], []
+    if loss is not None:
+        total += loss.detach()  # zero where its backward pass adds it
+        if loss.requires_grad:
+            roots.append(loss)
+            grads.append(seed.to(loss.dtype))
+    if new is not None and new.requires_grad and grad is not None:
+        roots.append(new)
+        grads.append(grad)
+    if roots:
+        with torch.autocast(total.device.type, enabled=False):
+            torch.autograd.backward(roots, grads)
 
 
 def activation_bytes(run_segment: Callable[[], Any], known: Iterable[Tensor]) -> int:

@@ -9,16 +9,11 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rmt_kernels.recurrence.checks import at_least
+
 __all__ = ["Curriculum", "RandomNumber"]
 
 Schedule = Callable[[int], int]
-
-
-def _at_least_one(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ class Curriculum:
         if not stages or steps[0] != 0 or steps != sorted(set(steps)):
             raise ValueError(f"stages must begin at step 0 and have growing steps, got {list(self.stages)}")
         for _, value in stages:
-            _at_least_one("a stage's value", value)
+            at_least("a stage's value", value, 1)
         object.__setattr__(self, "stages", stages)
 
     def __call__(self, step: int) -> int:
@@ -70,7 +65,7 @@ class RandomNumber:
     def __post_init__(self) -> None:
         for name, value in (("low", self.low), ("high", self.high)):
             if not callable(value):
-                _at_least_one(name, value)
+                at_least(name, value, 1)
         if isinstance(self.low, int) and isinstance(self.high, int) and self.high < self.low:
             raise ValueError(f"high must be at least low, {self.low}, got {self.high}")
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rmt_kernels.recurrence.checks import at_least
+
 __all__ = ["Segments", "crop"]
 
 
@@ -68,6 +70,11 @@ class Segments:
     def count(self) -> int:
         """Number of segments."""
         return -(-self.length // self.size)
+
+    @property
+    def end_together(self) -> bool:
+        """Whether every sample has its last tokens in the last segment, whatever the lengths are."""
+        return self.align == "right" or self.lengths is None
 
     def _first(self, s: int) -> Tensor | int:
         """Position of the first token of segment ``s``, negative where a right-aligned sample begins later."""
@@ -139,8 +146,9 @@ class Segments:
 
     def last(self) -> Tensor:
         """Number of the last segment in which each sample has tokens: int64 (batch or 1,)."""
-        if self.align == "right" or self.lengths is None:
+        if self.end_together:
             return torch.tensor([self.count - 1], device=self.device)
+        assert self.lengths is not None
         return torch.div(self.lengths - 1, self.size, rounding_mode="floor")
 
 
@@ -159,10 +167,7 @@ def crop(*tensors: Tensor, segments: int, segment: int, keep: str = "first") -> 
         TypeError, ValueError: an argument that is not accepted.
     """
     for name, number in (("segments", segments), ("segment", segment)):
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"{name} must be an int, got {type(number).__name__}")
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+        at_least(name, number, 1)
     if keep not in ("first", "last"):
         raise ValueError(f"keep must be 'first' or 'last', got {keep!r}")
     if not tensors or any(tensor.dim() < 2 or tensor.shape[:2] != tensors[0].shape[:2] for tensor in tensors):

@@ -329,14 +329,14 @@ class RecurrentMemory(nn.Module):
                 "numbers give RecurrentMemory embed="
             )
         # Sharded parameters may wait on the host.
-        device = inputs.device if self._sharded() else self.initial_memory.device
+        device = inputs.device if self.sharded() else self.initial_memory.device
         if inputs.device != device:
             raise ValueError(f"inputs must be on the model's device, {device}, got {inputs.device}")
         layout = self.layout
         if segment is None:
             segment = self.segment
         elif isinstance(segment, int) and segment > 0:
-            layout = _with_tokens(layout, layout.tokens - self.segment + segment)
+            layout = replace(layout, tokens=layout.tokens - self.segment + segment)
         segments = Segments(inputs.shape[0], inputs.shape[1], segment, self.align, lengths, device)
         if outputs not in _OUTPUTS:
             raise ValueError(f"outputs must be one of {list(_OUTPUTS)}, got {outputs!r}")
@@ -407,14 +407,15 @@ class RecurrentMemory(nn.Module):
 
         return policy.kept(batch.count, measure)
 
-    def _sharded(self) -> bool:
+    def sharded(self) -> bool:
+        """Whether ``fully_shard`` was called on it."""
         return hasattr(self, "set_requires_gradient_sync")
 
     def refuse_wrapped_parts(self) -> None:
         """Raise ValueError where a data-parallel wrapper holds a part of this module and not the whole of it."""
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return
-        whole = self._sharded()
+        whole = self.sharded()
         for name, module in self.named_modules():
             wrapper = "DistributedDataParallel" if isinstance(module, DistributedDataParallel) else "fully_shard"
             # Inside a larger module that is the root, blocks know that they are not.
@@ -555,10 +556,6 @@ def _segment_loss(loss: Any, layout: SegmentLayout) -> SegmentLoss:
         loss = replace(loss, shift=layout.rule(Region.TOKENS, Region.TOKENS) is Rule.CAUSAL)
     made: SegmentLoss = loss
     return made
-
-
-def _with_tokens(layout: SegmentLayout, tokens: int) -> SegmentLayout:
-    return replace(layout, tokens=tokens)
 
 
 def _first_memory(memory: int | Tensor, width: int | None, embed: nn.Module | None) -> Tensor:
