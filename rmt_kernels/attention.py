@@ -10,7 +10,7 @@ from typing import Literal, overload
 
 import torch
 
-from rmt_kernels.backends import cpu, reference, stock, triton
+from rmt_kernels.backends import cpu, cuda, reference, stock, triton
 from rmt_kernels.backends.call import Call
 from rmt_kernels.layout import SegmentLayout
 
@@ -20,6 +20,7 @@ Cache = tuple[torch.Tensor, torch.Tensor]
 
 _BACKENDS: dict[str, ModuleType | stock.Composition] = {
     "cpu": cpu,
+    "cuda": cuda,
     "triton": triton,
     "stock": stock.best,
     "stock_split": stock.split,
@@ -27,7 +28,7 @@ _BACKENDS: dict[str, ModuleType | stock.Composition] = {
     "stock_flex": stock.flex,
     "reference": reference,
 }
-_AUTO = ("cpu", "triton", "stock", "reference")
+_AUTO = ("cpu", "cuda", "triton", "stock", "reference")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -96,7 +97,7 @@ def segment_attention(
             generator).
         relative: reserved for distance-dependent scores.
         return_lse: also return the log-sum-exp of each row's scores.
-        backend: "auto", or one of "cpu", "triton", "stock", "stock_split", "stock_dense", "stock_flex", "reference".
+        backend: "auto", or one of "cpu", "cuda", "triton", "stock", "stock_split", "stock_dense", "stock_flex", "reference".
 
     Returns:
         out, (batch, heads, queries, head_dim), in the dtype of ``query``; with ``return_lse=True`` also lse, (batch,
@@ -153,6 +154,8 @@ def _objection(name: str, call: Call) -> str | None:
     reason = _BACKENDS[name].supports(call)
     if reason is None and name == "triton" and call.query.device.type == "cpu":
         return "Triton's interpreter is for tests: it is chosen by name only"
+    if reason is None and name == "cuda":
+        return cuda.unproven(call)
     return reason
 
 

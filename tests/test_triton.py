@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rmt_kernels import SegmentLayout, explain, ops, segment_attention
-from rmt_kernels.backends import triton
+from rmt_kernels.backends import plans, triton
 from rmt_kernels.backends.triton import configs, launch, operators
 from rmt_kernels.backends.triton.configs import Backward, Tile
 from tests.draws import NAMED
@@ -133,7 +133,7 @@ def configured(
     with monkeypatch.context() as patch:
         patch.setattr(launch, "forward_config", lambda *_: tile)
         patch.setattr(launch, "backward_config", lambda *_: backward)
-        patch.setattr(operators, "_plans", {})
+        patch.setattr(plans, "_plans", {})
         patch.setattr(launch.Launch, "__call__", recorded)
         return results(make(case, DEVICE), on_backend("triton")), made
 
@@ -177,14 +177,14 @@ def test_other_tiles_are_right_too(monkeypatch: pytest.MonkeyPatch, name: str, t
 
 def test_launches_are_planned_once() -> None:
     case = CHANGED["plain"]
-    operators._plans.clear()
+    plans._plans.clear()
     first = results(make(case, DEVICE), on_backend("triton"))
-    plans = len(operators._plans)
+    count = len(plans._plans)
     again = results(make(replace(case, seed=7), DEVICE), on_backend("triton"))
-    assert len(operators._plans) == plans == 2  # forward and backward; other numbers, the same shapes
+    assert len(plans._plans) == count == 2  # forward and backward; other numbers, the same shapes
     assert not torch.equal(first["out"], again["out"])
     results(make(replace(case, scale=0.3), DEVICE), on_backend("triton"))
-    assert len(operators._plans) == 2 * plans
+    assert len(plans._plans) == 2 * count
 
 
 def test_split_keys_are_combined(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,9 +221,9 @@ def test_descriptors_of_nothing(monkeypatch: pytest.MonkeyPatch, layout: Segment
 def test_large_tensors_need_no_copies() -> None:
     """Strides beyond 32 bits may be of samples and heads only."""
     for shape in ((1, 32, 2**19, 128), (4, 2**10, 2**14, 128)):
-        assert operators._strides(torch.empty(shape, dtype=BF16, device="meta")) is not None
+        assert plans._strides(torch.empty(shape, dtype=BF16, device="meta")) is not None
     far = torch.empty((2, 2, 2**29, 8), dtype=BF16, device="meta").transpose(0, 2)  # rows far apart
-    assert operators._strides(far) is None
+    assert plans._strides(far) is None
 
 
 @pytest.mark.parametrize("scale", [1e-46, -1e-300])

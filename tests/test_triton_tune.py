@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("triton")
 
 from rmt_kernels import SegmentLayout
+from rmt_kernels.backends import plans
 from rmt_kernels.backends.triton import configs, gate, launch, operators
 from rmt_kernels.backends.triton.configs import CALLS, KINDS, LENGTHS, WIDTHS, Backward, Row, Tile, padded_width
 from rmt_kernels.backends.triton.resources import Resources, Variant
@@ -234,7 +235,7 @@ def test_calls_are_of_the_kind_that_their_key_says(length: str, call: str, monke
     seen = []
     launches = launch.forward_launches
 
-    def watched(shape: launch.Shape, strides: launch.Strides) -> Any:
+    def watched(shape: launch.Shape, strides: plans.Strides) -> Any:
         seen.append((shape.kind, padded_width(shape.head_dim), configs.length(shape.rows), shape.calls))
         return launches(shape, strides)
 
@@ -249,7 +250,7 @@ def test_calls_are_of_the_kind_that_their_key_says(length: str, call: str, monke
 
 def test_the_configuration_asked_for_is_run_and_the_table_left_as_it_is() -> None:
     matmul = torch.backends.cuda.matmul
-    before, plans, call = matmul.fp32_precision, dict(operators._plans), launch.Launch.__call__
+    before, kept, call = matmul.fp32_precision, dict(plans._plans), launch.Launch.__call__
     matmul.fp32_precision = "ieee"
     try:
         problem = Problem(replace(FORWARD, kind="tf32"), TINY, DEVICE, 0)
@@ -263,7 +264,7 @@ def test_the_configuration_asked_for_is_run_and_the_table_left_as_it_is() -> Non
         assert matmul.fp32_precision == "ieee"
     finally:
         matmul.fp32_precision = before
-    assert (operators._plans, launch.Launch.__call__) == (plans, call)
+    assert (plans._plans, launch.Launch.__call__) == (kept, call)
     assert launch.forward_config is configs.forward_config  # type: ignore[attr-defined]
 
 

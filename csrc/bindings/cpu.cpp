@@ -10,23 +10,13 @@
 #include <stdexcept>
 
 #include "../cpu/dispatch.h"
+#include "parse.h"
 
 namespace py = pybind11;
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 namespace {
-
-rmt::Layout parse_layout(const std::vector<int64_t>& ints) {
-  if (ints.size() != rmt::Layout::kInts) throw std::invalid_argument("layout: expected SegmentLayout.ints");
-  const auto at = [&](int i) { return static_cast<int>(ints[i]); };
-  rmt::Layout layout{at(0), at(1), at(2), at(3), at(4), at(5), at(6), {}};
-  for (int r = 0; r < 3; ++r) {
-    const int i = 7 + 5 * r;
-    layout.form[r] = {at(i), at(i + 1), at(i + 2), at(i + 3), at(i + 4)};
-  }
-  return layout;
-}
 
 rmt::Type type_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -80,7 +70,7 @@ struct Call {
        const std::vector<int64_t>& layout, double scale, double dropout_p) {
     auto& p = problem;
     p.type = type_of(query);
-    p.layout = parse_layout(layout);
+    p.layout = rmt::parse_layout(layout);
     p.batch = query.size(0), p.heads = query.size(1), p.queries = query.size(2), p.head_dim = query.size(3);
     p.kv_heads = key.size(1);
     p.cache_rows = cache_key ? cache_key->size(2) : 0;
@@ -153,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
 // The row arithmetic, for tests: (lo, hi, gap lo, gap hi, own) of each query row of a sample.
 std::vector<std::array<int, 5>> rows(const std::vector<int64_t>& ints, int token_begin, int token_end, int cache_begin,
                                      int query_start) {
-  const rmt::Layout layout = parse_layout(ints);
+  const rmt::Layout layout = rmt::parse_layout(ints);
   std::vector<std::array<int, 5>> found;
   for (int q = 0; q < layout.num_queries(); ++q) {
     const rmt::Row r = rmt::row_of(layout, {token_begin, token_end, cache_begin, query_start}, q);

@@ -238,7 +238,7 @@ class Backward {
   // SELF entries of query panel i whose key lies in key panel j, row by row.
   void own_rows(const QuerySide& q, const Workspace& w, int b, int g, int h, int i, int j, float* dq,
                 bool want_keys) const {
-    if (!q.spans[i].any_own || !holds_own_keys(j)) return;
+    if (!q.spans[i].any_own() || !holds_own_keys(j)) return;
     const Sample sample = p_.sample(b);
     for (int c = 0; c < kPanel; ++c) {
       const int at = i * kPanel + c, own = q.rows[at].own;

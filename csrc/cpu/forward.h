@@ -124,9 +124,9 @@ class Forward {
       stage_row(w.q + i * n_.staged, row_at<T>(p_.query, b, h0 + i / queries, q), p_.head_dim, n_.staged);
     }
     const Span span = span_of(w.rows, count);
-    bool summed = span.hi == 0 || span.any_own;  // whether `o` holds numbers to add to
+    bool summed = span.hi == 0 || span.any_own();  // whether `o` holds numbers to add to
     if (summed) memset(w.o, 0, sizeof(float) * count * n_.width);
-    for (int i = 0; span.any_own && i < count; ++i)
+    for (int i = 0; span.any_own() && i < count; ++i)
       if (w.rows[i].own >= 0)
         start_with_own(w, b, g, h0 + i / queries, q0 + i % queries, i, absolute[i], pivot[i], sum[i]);
 

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rmt_kernels.backends.plans import Strides
 from rmt_kernels.backends.triton import backward as bwd
 from rmt_kernels.backends.triton import forward as fwd
 from rmt_kernels.backends.triton.configs import (
@@ -28,13 +29,12 @@ from rmt_kernels.backends.triton.configs import (
 )
 from rmt_kernels.philox import threshold
 
-__all__ = ["UNIT", "Launch", "Shape", "Strides", "backward_launches", "forward_launches"]
+__all__ = ["Launch", "Shape", "backward_launches", "forward_launches"]
 
 COMBINED = 16  # chunks put together at a time
 MAX_PACK = 16  # the smallest tile of rows
 _LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 PREPARE_ROWS = 64  # rows of a program of prepare_kernel
-UNIT = 16  # bytes: what a thread loads at once, and what the copy engine asks addresses and strides to be multiples of
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -88,9 +88,6 @@ class Launch:
             strides = [step if size > 1 else shape[-1] for size, step in zip(shape[:3], tensor.stride(), strict=False)]
             changed[index] = TensorDescriptor(tensor, shape, [*strides, 1], block)
         return tuple(changed)
-
-
-Strides = tuple[int, ...]  # three of each tensor: batch, head, row; in units of UNIT bytes, 0 along a size of 1
 
 
 @dataclass(frozen=True)

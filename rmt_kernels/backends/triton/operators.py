@@ -1,7 +1,6 @@
 """The operators ``rmt_kernels::forward`` and ``rmt_kernels::backward``: from tensors to launches.
 
-Launches follow from shapes, strides and options, so they are worked out once and kept; a later call of the same shape
-looks them up. The kernels read and write rows of whole vectors of UNIT bytes: tensors whose rows are not get stand-ins.
+Launches follow from shapes, strides and options: ``plans`` keeps them.
 """
 
 from __future__ import annotations
@@ -14,22 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmt_kernels.backends.triton.launch import UNIT, Launch, Shape, Strides, backward_launches, forward_launches
+from rmt_kernels.backends.plans import Strides, caches, dense, finish, on, planned
+from rmt_kernels.backends.triton.launch import Launch, Shape, backward_launches, forward_launches
 from rmt_kernels.ops import Gradients, like
 
 __all__ = ["backward", "forward"]
-
-_PLANS = 4096  # kept, then all are dropped
-
-_FAR = 2**31 - 1
-_SAME_DEVICE: AbstractContextManager[None] = nullcontext()
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _SAME_DEVICE
-    return torch.cuda.device(device)
 
 
 @lru_cache(maxsize=16)
@@ -45,66 +33,6 @@ def _precision(dtype: torch.dtype) -> str:
     if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
-
-
-_plans: dict[tuple[Any, ...], Any] = {}
-
-
-def _planned(
-    make: Callable[[Shape, Strides], Any], read: Sequence[Tensor], written: Sequence[Tensor], options: tuple[Any, ...]
-) -> tuple[Any, Sequence[Tensor], list[tuple[Tensor, Tensor]]]:
-    """``make``'s launches, the tensors to launch them with, and pairs of results and what to copy them from.
-
-    ``read`` begins with query and key; ``options`` are of ``_options``.
-    """
-    tensors = (*read, *written)
-    addresses = 0
-    for tensor in tensors:
-        addresses |= tensor.data_ptr()
-    query, key = tensors[0], tensors[1]
-    strides = tuple([tensor.stride() for tensor in tensors])
-    identity = (make, addresses % UNIT, query.shape, key.shape[1], query.dtype, query.device, strides, *options)
-    found = _plans.get(identity)
-    if found is not None:
-        return found, tensors, []
-    stand_ins = {id(tensor): _room(tensor) for tensor in tensors if _strides(tensor) is None}  # one may be given twice
-    if stand_ins:
-        for tensor in read:
-            if id(tensor) in stand_ins:
-                stand_ins[id(tensor)][..., : tensor.shape[3]].copy_(tensor)
-        used = [stand_ins.get(id(tensor), tensor) for tensor in tensors]
-        found, _, _ = _planned(make, used[: len(read)], used[len(read) :], options)
-        results = {id(tensor): tensor for tensor in written if id(tensor) in stand_ins}
-        return found, used, [(tensor, stand_ins[name]) for name, tensor in results.items()]
-    if len(_plans) >= _PLANS:
-        _plans.clear()
-    numbers = tuple([number for tensor in tensors for number in _strides(tensor) or ()])
-    found = _plans[identity] = make(_shape(query, key, *options), numbers)
-    return found, tensors, []
-
-
-def _strides(tensor: Tensor) -> Strides | None:
-    """The tensor's strides as the kernels take them; None where its rows are not all whole vectors of UNIT bytes."""
-    size, shape, strides = tensor.element_size(), tensor.shape, tensor.stride()
-    if (tensor.data_ptr() | shape[3] * size) % UNIT or (strides[3] != 1 and shape[3] > 1):
-        return None
-    steps = [step * size if length > 1 else 0 for length, step in zip(shape[:3], strides, strict=False)]
-    # A row's number is multiplied with a stride of 32 bits, in elements.
-    if any(step % UNIT for step in steps) or steps[2] // size > _FAR:
-        return None
-    return tuple(step // UNIT for step in steps)
-
-
-def _room(tensor: Tensor) -> Tensor:
-    """As the tensor, with zeros, and zeros added to each row that make it whole vectors: they change no result."""
-    unit = UNIT // tensor.element_size()
-    return tensor.new_zeros(*tensor.shape[:3], -(-tensor.shape[3] // unit) * unit)
-
-
-def _finish(results: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy results from their stand-ins."""
-    for tensor, stand_in in results:
-        tensor.copy_(stand_in[..., : tensor.shape[3]])
 
 
 def _shape(
@@ -127,17 +55,17 @@ def forward(
     layout: list[int], scale: float, dropout_p: float, relative: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator ``rmt_kernels::forward``."""
-    with _on(query.device):
+    with on(query.device):
         out = like(query)
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         if out.numel() == 0:
             return out, lse.fill_(float("-inf"))
-        caches = _caches(cache_key, cache_value)
-        samples = _dense(token_lengths, token_starts, cache_starts, query_start)
+        apart = caches(cache_key, cache_value)
+        samples = dense(token_lengths, token_starts, cache_starts, query_start)
         # Without a cache of its own the keys stand in for it: the kernel then does not look there.
-        (main, combine, chunks), tensors, results = _planned(
-            forward_launches, (query, key, value, *(caches or (key, value))), (out,),
-            _options(query, layout, scale, dropout_p, caches, *samples),
+        (main, combine, chunks), tensors, results = planned(
+            _forward_plan, (query, key, value, *(apart or (key, value))), (out,),
+            _options(query, layout, scale, dropout_p, apart, *samples),
         )  # fmt: skip
         parts = None
         if combine is not None:
@@ -145,13 +73,8 @@ def forward(
         main(*tensors, lse, parts, *samples, seed if dropout_p > 0.0 else None)
         if combine is not None:
             combine(parts, tensors[5], lse)
-        _finish(results)
+        finish(results)
         return out, lse
-
-
-def _dense(*values: Tensor | None) -> list[Tensor | None]:
-    """A number for each sample, side by side."""
-    return [value if value is None or value.is_contiguous() else value.contiguous() for value in values]
 
 
 def _options(
@@ -165,16 +88,17 @@ def _options(
     )  # fmt: skip
 
 
-def _caches(cache_key: Tensor | None, cache_value: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """CACHE's tensors, where they are given and not empty."""
-    if cache_key is None or cache_value is None or cache_key.shape[2] == 0:
-        return None
-    return cache_key, cache_value
+def _forward_plan(query: Tensor, key: Tensor, options: tuple[Any, ...], strides: Strides) -> Any:
+    return forward_launches(_shape(query, key, *options), strides)
 
 
-def _backward_plan(shape: Shape, strides: Strides) -> tuple[Launch | None, list[Launch]]:
+def _backward_plan(
+    query: Tensor, key: Tensor, options: tuple[Any, ...], strides: Strides
+) -> tuple[Launch | None, list[Launch]]:
     """``strides`` are those of query, key, value, cache key, cache value, grad_out, out, and five gradients."""
-    return backward_launches(shape, (*strides[:18], *strides[21:]), (*strides[18:21], *strides[15:18]))
+    return backward_launches(
+        _shape(query, key, *options), (*strides[:18], *strides[21:]), (*strides[18:21], *strides[15:18])
+    )
 
 
 def backward(
@@ -185,18 +109,18 @@ def backward(
     relative: str,
 ) -> Gradients:  # fmt: skip
     """The operator ``rmt_kernels::backward``."""
-    with _on(query.device):
+    with on(query.device):
         dq, dk, dv = like(query), like(key), like(value)
         dck = query.new_empty(0) if cache_key is None else like(cache_key)
         dcv = query.new_empty(0) if cache_value is None else like(cache_value)
         if key.shape[0] * key.shape[1] * key.shape[3] == 0:
             return dq, dk, dv, dck, dcv
-        caches = _caches(cache_key, cache_value)
-        samples = _dense(token_lengths, token_starts, cache_starts, query_start)
-        (prepare, parts), tensors, results = _planned(
-            _backward_plan, (query, key, value, *(caches or (key, value)), grad_out, out),
-            (dq, dk, dv, *((dck, dcv) if caches else (dk, dv))),
-            _options(query, layout, scale, dropout_p, caches, *samples),
+        apart = caches(cache_key, cache_value)
+        samples = dense(token_lengths, token_starts, cache_starts, query_start)
+        (prepare, parts), tensors, results = planned(
+            _backward_plan, (query, key, value, *(apart or (key, value)), grad_out, out),
+            (dq, dk, dv, *((dck, dcv) if apart else (dk, dv))),
+            _options(query, layout, scale, dropout_p, apart, *samples),
         )  # fmt: skip
         given, out, gradients = tensors[:6], tensors[6], tensors[7:]
         rows = query.new_empty(2 * lse.numel(), dtype=torch.float32)
@@ -209,5 +133,5 @@ def backward(
                 *given, rows, spans, *gradients, *samples, seed if dropout_p > 0.0 else None, given[0], given[5],
                 given[1], given[2],
             )  # fmt: skip
-        _finish(results)
+        finish(results)
         return dq, dk, dv, dck, dcv

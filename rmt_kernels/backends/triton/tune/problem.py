@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from rmt_kernels.backends import plans
 from rmt_kernels.backends.triton import launch, operators
 from rmt_kernels.backends.triton.configs import Backward
 from rmt_kernels.backends.triton.resources import Variant, specialize
@@ -148,7 +149,7 @@ class Problem:
         with (
             _products(self.key.kind),
             mock.patch.object(launch, chooser, return_value=config),
-            mock.patch.object(operators, "_plans", {}),  # which are made for the configuration in the table
+            mock.patch.object(plans, "_plans", {}),  # which are made for the configuration in the table
             mock.patch.object(launch.Launch, "__call__", note),
         ):
             return steps, dict(zip(names, operator(**arguments), strict=False))

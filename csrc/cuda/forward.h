@@ -1,0 +1,227 @@
+// Forward: a block owns a tile of packed query rows and walks the keys that they see, with an online softmax.
+//
+// While keys are multiplied the tile's values arrive, while values are multiplied the next keys do: one buffer of each
+// is enough, and two or three blocks on an SM hide each other's barriers.
+#pragma once
+
+#include "dropout.h"
+#include "epilogue.h"
+#include "rows.h"
+#include "schedule.h"
+#include "softmax.h"
+#include "tile.h"
+
+namespace rmt {
+
+template <class Element_, int kWidth_, int kRows_, int kKeys_, int kWarps_, int kBlocks_, bool kDropout_>
+struct ForwardConfig {
+  using Element = Element_;
+  static constexpr int kWidth = kWidth_, kRows = kRows_, kKeys = kKeys_, kWarps = kWarps_;
+  static constexpr int kBlocks = kBlocks_;  // of an SM
+  static constexpr bool kDropout = kDropout_;
+
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kTiles = kRows / (16 * kWarps);  // of 16 rows, a warp's
+  static constexpr int kSteps = kKeys / 16, kDepth = kWidth / 16;
+  static_assert(kRows % (16 * kWarps) == 0 && kKeys % 16 == 0);
+
+  static constexpr int kQuery = 0, kKey = Tile<kWidth>::bytes(kRows), kValue = kKey + Tile<kWidth>::bytes(kKeys),
+                       kView = kValue + Tile<kWidth>::bytes(kKeys), kShared = kView + View<kRows, kKeys>::kBytes;
+};
+
+template <class Config>
+struct ForwardBlock {
+  using C = Config;
+  using Element = typename C::Element;
+  using In = Reader<C::kWidth>;
+  using Sees = View<C::kRows, C::kKeys>;
+
+  const Problem& p;
+  const Scale& scale;
+  const Divisor& group;
+  const Shared memory;
+
+  float acc[C::kTiles][C::kWidth / 8][4];
+  float s[C::kTiles][C::kKeys / 8][4];
+  Softmax softmax[C::kTiles][2];
+  int drawn_row[C::kTiles], drawn_head[C::kTiles];  // of the row whose numbers this lane draws
+
+  RMT_DEVICE ForwardBlock(const Problem& problem, const Scale& problem_scale, const Divisor& by_group)
+      : p(problem), scale(problem_scale), group(by_group), memory(device::shared_memory()) {}
+
+  // A thread's place, worked out wherever it is needed: the warp's first row, and in a product's result the lane's row
+  // of eight and its pair of columns.
+  struct Lane {
+    int thread, warp_row, g, t;
+
+    RMT_DEVICE Lane() : thread(device::opaque(device::thread())) {
+      warp_row = thread / 32 * 16 * C::kTiles, g = thread % 32 / 4, t = thread % 4;
+    }
+    RMT_DEVICE int row(int m, int half) const { return warp_row + 16 * m + 8 * half + g; }
+  };
+
+  RMT_DEVICE void scores() {
+    RMT_UNROLL for (int m = 0; m < C::kTiles; ++m)
+      RMT_UNROLL for (int n = 0; n < C::kKeys / 8; ++n)
+        RMT_UNROLL for (int i = 0; i < 4; ++i) s[m][n][i] = 0.0f;
+    const In query = In::a(memory + C::kQuery + Tile<C::kWidth>::bytes(Lane().warp_row)), keys = In::b(memory + C::kKey);
+    RMT_UNROLL for (int d = 0; d < C::kDepth; ++d) {
+      uint32_t q[C::kTiles][4];
+      RMT_UNROLL for (int m = 0; m < C::kTiles; ++m) {
+        query.read(q[m], 16 * m, 2 * d);
+        RMT_UNROLL for (int i = 0; i < 4; ++i) q[m][i] = scale.signed_word(q[m][i]);
+      }
+      RMT_UNROLL for (int n = 0; n < C::kSteps; ++n) {
+        uint32_t k[4];
+        keys.read(k, 16 * n, 2 * d);
+        RMT_UNROLL for (int m = 0; m < C::kTiles; ++m) {
+          device::multiply<Element>(s[m][2 * n], q[m], k[0], k[1]);
+          device::multiply<Element>(s[m][2 * n + 1], q[m], k[2], k[3]);
+        }
+      }
+    }
+  }
+
+  RMT_DEVICE void mask(int first_key) {
+    const Lane lane;
+    RMT_UNROLL for (int m = 0; m < C::kTiles; ++m)
+      RMT_UNROLL for (int half = 0; half < 2; ++half) {
+        const Row row = Sees::load(memory + C::kView, lane.row(m, half));
+        RMT_UNROLL for (int n = 0; n < C::kKeys / 8; ++n)
+          RMT_UNROLL for (int i = 0; i < 2; ++i) {
+            float& score = s[m][n][2 * half + i];
+            score = sees(row, first_key + 8 * n + 2 * lane.t + i) ? score : -infinity();
+          }
+      }
+  }
+
+  // Scores become weights; what was summed before is brought to the new highest score.
+  RMT_DEVICE void weigh() {
+    RMT_UNROLL for (int m = 0; m < C::kTiles; ++m)
+      RMT_UNROLL for (int half = 0; half < 2; ++half) {
+        Softmax& row = softmax[m][half];
+        float most = row.highest;
+        RMT_UNROLL for (int n = 0; n < C::kKeys / 8; ++n)
+          RMT_UNROLL for (int i = 0; i < 2; ++i) most = s[m][n][2 * half + i] > most ? s[m][n][2 * half + i] : most;
+        const auto step = row.raise(row_most(most), scale);
+        RMT_UNROLL for (int n = 0; n < C::kKeys / 8; ++n)
+          RMT_UNROLL for (int i = 0; i < 2; ++i) {
+            float& score = s[m][n][2 * half + i];
+            score = step.weight(score);
+            row.total += score;
+          }
+        RMT_UNROLL for (int n = 0; n < C::kWidth / 8; ++n)
+          RMT_UNROLL for (int i = 0; i < 2; ++i) acc[m][n][2 * half + i] *= step.fade;
+      }
+  }
+
+  RMT_DEVICE void drop(int first_key) {
+    const Draw draw(p, Sees::place(memory + C::kView).b);
+    RMT_UNROLL for (int m = 0; m < C::kTiles; ++m)
+      RMT_UNROLL for (int n = 0; n < C::kKeys / 8; ++n) {
+        const uint32_t kept = kept_by_rows(draw, first_key + 8 * n, drawn_row[m], drawn_head[m]);
+        RMT_UNROLL for (int i = 0; i < 4; ++i) s[m][n][i] = kept >> i & 1u ? s[m][n][i] : 0.0f;
+      }
+  }
+
+  RMT_DEVICE void add_values() {
+    const In values = In::b_transposed(memory + C::kValue);
+    RMT_UNROLL for (int k = 0; k < C::kSteps; ++k) {
+      uint32_t weights[C::kTiles][4];
+      RMT_UNROLL for (int m = 0; m < C::kTiles; ++m)
+        RMT_UNROLL for (int i = 0; i < 4; ++i)
+          weights[m][i] = device::pack<Element>(s[m][2 * k + i / 2][i % 2 * 2], s[m][2 * k + i / 2][i % 2 * 2 + 1]);
+      RMT_UNROLL for (int n = 0; n < C::kDepth; ++n) {
+        uint32_t v[4];
+        values.read(v, 16 * k, 2 * n);
+        RMT_UNROLL for (int m = 0; m < C::kTiles; ++m) {
+          device::multiply<Element>(acc[m][2 * n], weights[m], v[0], v[1]);
+          device::multiply<Element>(acc[m][2 * n + 1], weights[m], v[2], v[3]);
+        }
+      }
+    }
+  }
+
+  RMT_DEVICE void fetch(int offset, const Matrix& cached, const Matrix& matrix, int key_tile) {
+    const Place place = Sees::place(memory + C::kView);
+    const Keys from(cached, matrix, p.cache_rows, place.b, place.kv_head);
+    const Fence fence = Sees::fence(memory + C::kView);
+    copy_rows<C::kWidth, C::kKeys, C::kThreads>(
+        memory + offset, key_tile * C::kKeys, p.head_dim, Lane().thread, [&](int n) { return from.row(n); },
+        [&](int n) { return fence.alive(n); });
+    device::commit_copies();
+  }
+
+  RMT_DEVICE void run(int b, int kv_head, int tile) {
+    const CheckedSample sample(p, b);
+    const PackedRows rows(p, group, b, kv_head);
+    const int first = tile * C::kRows;
+    const Lane lane;
+    Sees::template make<C::kThreads>(memory + C::kView, p, sample, rows, {b, kv_head, first, sample.ok}, 0, p.keys);
+    copy_rows<C::kWidth, C::kRows, C::kThreads>(
+        memory + C::kQuery, first, p.head_dim, lane.thread, [&](int r) { return rows.address(p.query, r); },
+        [&](int r) { return r < rows.count; });
+    device::commit_copies();
+    RMT_UNROLL for (int m = 0; m < C::kTiles; ++m) {
+      RMT_UNROLL for (int n = 0; n < C::kWidth / 8; ++n)
+        RMT_UNROLL for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.0f;
+      softmax[m][0].start(), softmax[m][1].start();
+      if (C::kDropout) {
+        const int r = min_int(first + lane.row(m, lane.t % 2), rows.count - 1);
+        drawn_row[m] = layout_row(p.layout, sample, rows.query(r)), drawn_head[m] = rows.head(r);
+      }
+    }
+    device::barrier();  // the view is there
+
+    int key_tile = Sees::from(memory + C::kView, 0);
+    if (key_tile >= 0) fetch(C::kKey, p.cache_key, p.key, key_tile);
+    while (key_tile >= 0) {
+      device::wait_copies<0>();
+      device::barrier();  // the keys are there, and the last values are done with
+      fetch(C::kValue, p.cache_value, p.value, key_tile);
+      scores();
+      if (!Sees::open(memory + C::kView, key_tile)) mask(key_tile * C::kKeys);
+      device::wait_copies<0>();
+      device::barrier();  // the values are there, and the keys are done with
+      const int next = Sees::from(memory + C::kView, key_tile + 1);
+      if (next >= 0) fetch(C::kKey, p.cache_key, p.key, next);
+      weigh();
+      if (C::kDropout) drop(key_tile * C::kKeys);
+      add_values();
+      key_tile = next;
+    }
+    device::wait_copies<0>();
+    store();
+  }
+
+  RMT_DEVICE void store() {
+    const auto [b, kv_head, first, ok] = Sees::place(memory + C::kView);
+    const PackedRows rows(p, group, b, kv_head);
+    const Lane lane;
+    RMT_UNROLL for (int m = 0; m < C::kTiles; ++m)
+      RMT_UNROLL for (int half = 0; half < 2; ++half) {
+        const int in_tile = lane.row(m, half), r = first + in_tile;
+        const bool there = r < rows.count;
+        Softmax row = softmax[m][half];
+        row.total = row_sum(row.total);
+        const bool blind = sees_nothing(Sees::load(memory + C::kView, in_tile));
+        if (blind) row.highest = -infinity(), row.total = 0.0f;
+        if (!ok) row.total = device::not_a_number();  // a sample out of range shows
+        const float share = (C::kDropout ? p.dropout.rescale() : 1.0f) / (row.total == 0.0f ? 1.0f : row.total);
+        store_row<Element, C::kWidth / 8>(
+            there ? rows.address(p.out, r) : nullptr, p.head_dim,
+            [&, quiet = blind && ok](int n, int i) { return quiet ? 0.0f : acc[m][n][2 * half + i] * share; });
+        if (there && lane.t == 0) p.lse[rows.number(p, r)] = row.lse(scale);
+      }
+  }
+};
+
+template <class Config>
+RMT_KERNEL(Config::kThreads, Config::kBlocks)
+forward_kernel(RMT_CONSTANT Problem p, RMT_CONSTANT Scale scale, RMT_CONSTANT Divisor group, RMT_CONSTANT Schedule schedule) {
+  const auto place = schedule.place(device::block());
+  const int b = place.head / p.kv_heads, kv_head = place.head % p.kv_heads;
+  ForwardBlock<Config>(p, scale, group).run(b, kv_head, place.tile);
+}
+
+}  // namespace rmt
