@@ -126,6 +126,8 @@ struct Span {
   }
 
   RMT_HD bool any_own() const { return own_hi > 0; }
+  // Rows see intervals: none has a gap or a key of its own.
+  RMT_HD bool plain() const { return own_hi == 0 && any_gap_hi == 0; }
   // No row of the tile needs a mask on keys [from, to).
   RMT_HD bool open(int from, int to) const {
     return from >= all_lo && to <= all_hi && (to <= any_gap_lo || from >= any_gap_hi);
@@ -195,6 +197,9 @@ RMT_HD Walk walk_of(const Span& span, int keys) {
 struct Fence {
   int limit, stale, hole_lo, hole_hi;
 
+  RMT_HD bool all_alive(int from, int to) const {
+    return to <= limit && from >= stale && (to <= hole_lo || from >= hole_hi || hole_lo == hole_hi);
+  }
   // Without branches: asked of every row that is copied.
   RMT_HD bool alive(int key) const {
     return (key < limit) & (key >= stale) & ((key < hole_lo) | (key >= hole_hi));

@@ -57,6 +57,7 @@ void run(const Problem& p, const Chip&, char* workspace, uintptr_t stream) {
 template <class... Configs>
 void allow_each() {
   (device::allow_shared_memory(backward_kernel<Configs>, Configs::kShared), ...);
+  (device::allow_shared_memory(prepare_kernel<Element, Configs::kRows, Configs::kKeys>, 0), ...);
 }
 void allow() {
   allow_each<Rows<false>::LongBack, Rows<false>::ShortBack, Rows<true>::LongBack, Rows<true>::ShortBack>();

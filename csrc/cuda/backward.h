@@ -25,15 +25,16 @@ struct BackwardConfig {
   static_assert(kRows % 64 == 0, "rows of scores are whole 128 bytes");
 
   // The gradient of queries: warps share it out as kSteps x kParts.
-  static constexpr int kParts = kWarps / kSteps, kPart = kWidth / kParts;  // columns of a warp
-  static_assert(kWarps % kSteps == 0 && kPart % 32 == 0);
+  static constexpr int kParts = kWarps / kSteps, kColumns = kWidth / kParts;  // of a warp,
+  static constexpr int kPart = 32;                                            // so many at a time: 64 spill
+  static_assert(kWarps % kSteps == 0 && kColumns % kPart == 0);
 
-  static constexpr int kRowBytes = Tile<kWidth>::bytes(kRows), kNumbers = 7 * 4 * kRows;
-  static constexpr int kStage = 2 * kRowBytes + kNumbers;  // query rows, their grad_out, and what is known of them
+  static constexpr int kRowBytes = Tile<kWidth>::bytes(kRows), kNumbers = 7 * 4 * kRows, kView = 4 * kViewInts;
+  static constexpr int kStage = 2 * kRowBytes + kNumbers + kView;  // query rows, their grad_out, and what is known of them
   static constexpr int kKey = 0, kValue = Tile<kWidth>::bytes(kKeys), kScores = 2 * kValue,
-                       kStages = kScores + Tile<kRows>::bytes(kKeys), kBegin = kStages + 2 * (kStage + 1023) / 1024 * 1024,
-                       kShared = kBegin + 16;
-  static constexpr int kStride = (kStage + 1023) / 1024 * 1024;  // of stages: tiles begin at multiples of their rows
+                       kStages = kScores + Tile<kRows>::bytes(kKeys), kStride = (kStage + 1023) / 1024 * 1024,
+                       kPlace = kStages + 2 * kStride, kHidden = kPlace + 12, kOk = kHidden + 8, kNote = kOk + 4,
+                       kShared = kNote + 8;  // stages begin at multiples of 1024
 };
 
 template <class Config>
@@ -47,16 +48,19 @@ struct BackwardBlock {
   const Divisor& group;
   const BackwardSpace& space;
   const Shared memory;
-  int b, kv_head, key_tile;
 
   float dk[C::kWidth / 8][4], dv[C::kWidth / 8][4];
-  float s[C::kRows / 8][4];              // scores, then probabilities: the warp's 16 keys by the tile's rows
-  uint32_t slopes[C::kSteps][4];         // gradients of scores, as left operands
-  uint32_t kept[(C::kRows / 8 + 7) / 8];  // four bits for every 8 rows
+  // Of the warp's 16 keys by the tile's rows: scores, then probabilities; gradients of these; both as left operands,
+  // the latter now gradients of scores; and which survive dropout, four bits for every 8 rows.
+  float s[C::kRows / 8][4], dp[C::kRows / 8][4];
+  uint32_t weights[C::kSteps][4], slopes[C::kSteps][4];
+  uint32_t kept[(C::kRows / 8 + 7) / 8];
 
   RMT_DEVICE BackwardBlock(const Problem& problem, const Scale& problem_scale, const Divisor& by_group,
                            const BackwardSpace& problem_space)
       : p(problem), scale(problem_scale), group(by_group), space(problem_space), memory(device::shared_memory()) {}
+
+  static constexpr int kPassing = 32, kWaiting = 64;  // threads: see is_turn
 
   struct Lane {
     int thread, warp, g, t;
@@ -64,67 +68,90 @@ struct BackwardBlock {
       warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
     }
   };
+  // Which keys the block owns, read again wherever it is needed.
+  RMT_DEVICE int b() const { return device::load_shared(memory + C::kPlace); }
+  RMT_DEVICE int kv_head() const { return device::load_shared(memory + C::kPlace + 4); }
+  RMT_DEVICE int key_tile() const { return device::load_shared(memory + C::kPlace + 8); }
+  // Rows of padding, which may hold anything: queries [hidden, hidden_end) of the call. Whether the sample is in range.
+  RMT_DEVICE int hidden() const { return device::load_shared(memory + C::kHidden); }
+  RMT_DEVICE int hidden_end() const { return device::load_shared(memory + C::kHidden + 4); }
+  RMT_DEVICE bool ok() const { return device::load_shared(memory + C::kOk) != 0; }
+
+  RMT_DEVICE void find_place() const {
+    const int key_tiles = (p.keys + C::kKeys - 1) / C::kKeys;
+    const int ticket = device::take_ticket(space.tickets), head = ticket / key_tiles;
+    const int b = head / p.kv_heads;
+    const CheckedSample sample(p, b);
+    const int first_token = p.layout.form[0].rows - layout_row(p.layout, sample, 0), tokens = p.layout.form[1].rows;
+    const bool left = sample.token_begin > 0;
+    const int words[6] = {b, head % p.kv_heads, key_tiles - 1 - ticket % key_tiles,
+                          first_token + (left ? 0 : min_int(sample.token_end, tokens)),
+                          first_token + (left ? min_int(sample.token_begin, tokens) : tokens), sample.ok};
+    RMT_UNROLL for (int i = 0; i < 6; ++i) device::store_shared(memory + C::kPlace + 4 * i, words[i]);
+  }
+
   RMT_DEVICE Shared stage(int number) const { return memory + C::kStages + number % 2 * C::kStride; }
   RMT_DEVICE Shared numbers(int number) const { return stage(number) + 2 * C::kRowBytes; }
 
   // -- which tiles of rows, and how they arrive -------------------------------------------------------------------------
 
+  // A tile's view, in global memory and in a stage.
   RMT_DEVICE const int* view(int tile) const {
-    return space.views + (static_cast<int64_t>(b) * space.tiles + tile) * kViewInts;
+    return space.views + (static_cast<int64_t>(b()) * space.tiles + tile) * kViewInts;
   }
-  // The first tile of rows from `tile` on that sees keys of the block's, or -1.
-  RMT_DEVICE int next_tile(int tile) const {
-    for (; tile < space.tiles; tile += 32) {
-      const int mine = tile + Lane().thread % 32;
-      const uint32_t found =
-          device::ballot(mine < space.tiles && TileView::walk_at(view(min_int(mine, space.tiles - 1))).holds(key_tile));
-      if (found != 0) return tile + device::lowest_bit(found);
+  RMT_DEVICE auto staged_view(int number) const {
+    return [view = numbers(number) + C::kNumbers](int i) { return static_cast<int>(device::load_shared(view + 4 * i)); };
+  }
+  // Goes on to the next tile of rows that sees keys of the block's, -1: none. 32 are looked at together: `left` are
+  // those of the 32 around `tile` that are still to come.
+  RMT_DEVICE void advance(int& tile, uint32_t& left) const {
+    int base = tile & ~31;
+    while (left == 0) {
+      base += 32;
+      if (base >= space.tiles) break;
+      const int mine = base + Lane().thread % 32;
+      const int* ints = view(min_int(mine, space.tiles - 1));
+      const Walk walk = TileView::walk([ints](int i) { return ints[i]; });
+      left = device::ballot(mine < space.tiles && walk.holds(key_tile()));
     }
-    return -1;
+    tile = left == 0 ? -1 : base + device::lowest_bit(left);
+    left &= left - 1;
   }
 
   RMT_DEVICE void fetch(int number, int tile) {
-    const PackedRows rows(p, group, b, kv_head);
-    const CheckedSample sample(p, b);
-    // Rows of padding may hold anything: queries [padded, padded_end) of the call.
-    const int first_token = p.layout.form[0].rows - layout_row(p.layout, sample, 0), tokens = p.layout.form[1].rows;
-    const int padded = first_token + (sample.token_begin > 0 ? 0 : min_int(sample.token_end, tokens));
-    const int padded_end = first_token + (sample.token_begin > 0 ? min_int(sample.token_begin, tokens) : tokens);
-    const auto wanted = [&](int r) {
-      const int q = rows.query(r);
-      return (r < rows.count) & ((q < padded) | (q >= padded_end));
-    };
-    const int thread = Lane().thread;
-    copy_rows<C::kWidth, C::kRows, C::kThreads>(stage(number), tile * C::kRows, p.head_dim, thread,
-                                                [&](int r) { return rows.address(p.query, r); }, wanted);
-    copy_rows<C::kWidth, C::kRows, C::kThreads>(stage(number) + C::kRowBytes, tile * C::kRows, p.head_dim, thread,
-                                                [&](int r) { return rows.address(p.grad_out, r); }, wanted);
-    const int64_t unit = (static_cast<int64_t>(b) * p.kv_heads + kv_head) * space.tiles + tile;
-    const auto* of_head = reinterpret_cast<const char*>(space.numbers + unit * 2 * C::kRows);
+    const PackedRows rows(p, group, b(), kv_head());
+    const int thread = Lane().thread, first = tile * C::kRows;
+    copy_packed<C::kWidth, C::kRows, C::kThreads>(stage(number), rows, p.query, p.head_dim, first, hidden(),
+                                                  hidden_end(), thread);
+    copy_packed<C::kWidth, C::kRows, C::kThreads>(stage(number) + C::kRowBytes, rows, p.grad_out, p.head_dim, first,
+                                                  hidden(), hidden_end(), thread);
+    const auto* of_head = reinterpret_cast<const char*>(space.numbers + unit(tile) * 2 * C::kRows);
     const auto* of_sample =
-        reinterpret_cast<const char*>(space.rows + (static_cast<int64_t>(b) * space.tiles + tile) * 5 * C::kRows);
-    constexpr int kOwn = 2 * 4 * C::kRows / 16;
-    for (int i = thread; i < C::kNumbers / 16; i += C::kThreads)
-      device::copy_async(numbers(number) + 16 * i, i < kOwn ? of_head + 16 * i : of_sample + 16 * (i - kOwn), true);
+        reinterpret_cast<const char*>(space.rows + (static_cast<int64_t>(b()) * space.tiles + tile) * 5 * C::kRows);
+    const auto* of_tile = reinterpret_cast<const char*>(view(tile));
+    constexpr int kOwn = 2 * 4 * C::kRows, kRest = C::kNumbers;
+    for (int i = 16 * thread; i < C::kNumbers + C::kView; i += 16 * C::kThreads) {
+      const char* from = i < kOwn ? of_head + i : i < kRest ? of_sample + i - kOwn : of_tile + i - kRest;
+      device::copy_async(numbers(number) + i, from, true);
+    }
     device::commit_copies();
   }
 
   RMT_DEVICE void fetch_keys() {
+    const int b = this->b(), kv_head = this->kv_head(), key_tile = this->key_tile();
     const CheckedSample sample(p, b);
     const Fence fence = fence_of(p.layout, sample, last_key(p.layout, sample, p.queries));
-    const auto copy = [&](int offset, const Keys& from) {
-      copy_rows<C::kWidth, C::kKeys, C::kThreads>(
-          memory + offset, key_tile * C::kKeys, p.head_dim, Lane().thread, [&](int n) { return from.row(n); },
-          [&](int n) { return fence.alive(n); });
+    const auto copy = [&](int offset, const Matrix& cached, const Matrix& matrix) {
+      copy_keys<C::kWidth, C::kKeys, C::kThreads>(memory + offset, Keys::of(cached, matrix, p.cache_rows, b, kv_head),
+                                                  cached, matrix, p.cache_rows, p.head_dim, fence, key_tile * C::kKeys,
+                                                  Lane().thread);
     };
-    copy(C::kKey, Keys(p.cache_key, p.key, p.cache_rows, b, kv_head));
-    copy(C::kValue, Keys(p.cache_value, p.value, p.cache_rows, b, kv_head));
+    copy(C::kKey, p.cache_key, p.key), copy(C::kValue, p.cache_value, p.value);
   }
 
   // -- a tile of rows ---------------------------------------------------------------------------------------------------
 
   // s = a tile of the block's (16 of the warp) times a tile of rows, transposed.
-  template <bool kSigned>
   RMT_DEVICE void multiply_rows(float (&c)[C::kRows / 8][4], Shared ours, Shared theirs) const {
     RMT_UNROLL for (int n = 0; n < C::kRows / 8; ++n)
       RMT_UNROLL for (int i = 0; i < 4; ++i) c[n][i] = 0.0f;
@@ -132,7 +159,6 @@ struct BackwardBlock {
     RMT_UNROLL for (int d = 0; d < C::kDepth; ++d) {
       uint32_t a[4];
       left.read(a, 0, 2 * d);
-      if (kSigned) RMT_UNROLL for (int i = 0; i < 4; ++i) a[i] = scale.signed_word(a[i]);
       RMT_UNROLL for (int n = 0; n < C::kSteps; ++n) {
         uint32_t words[4];
         right.read(words, 16 * n, 2 * d);
@@ -154,40 +180,51 @@ struct BackwardBlock {
       }
   }
 
-  RMT_DEVICE void probabilities(int number, int tile) {
+  // Numbers of the two columns that a lane holds of columns 8n to 8n + 7.
+  RMT_DEVICE static void load_columns(uint32_t (&words)[2], Shared numbers, int n, int t) {
+    device::load_shared_pair(words, numbers + 4 * (8 * n + 2 * t));
+  }
+
+  RMT_DEVICE void probabilities(int number) {
     const Lane lane;
     const Shared pivots = numbers(number);
-    const int first_key = key_tile * C::kKeys;
-    RMT_UNROLL for (int n = 0; n < C::kRows / 8; ++n)
-      RMT_UNROLL for (int j = 0; j < 2; ++j) {
-        const float pivot = device::load_shared_float(pivots + 4 * (8 * n + 2 * lane.t + j));
-        RMT_UNROLL for (int half = 0; half < 2; ++half) {
-          float& score = s[n][2 * half + j];
-          score = device::exp2(device::fma(score, scale.factor, -pivot));
-        }
-      }
-    if (TileView::open_at(view(tile), first_key, first_key + C::kKeys)) return;
+    RMT_UNROLL for (int n = 0; n < C::kRows / 8; ++n) {
+      uint32_t pivot[2];
+      load_columns(pivot, pivots, n, lane.t);
+      RMT_UNROLL for (int e = 0; e < 4; ++e)
+        s[n][e] = device::exp2(device::fma(s[n][e], scale.signed_factor, -device::from_bits(pivot[e % 2])));
+    }
+    const int first_key = key_tile() * C::kKeys;
+    if (TileView::open(staged_view(number), first_key, first_key + C::kKeys)) return;
     const Shared fields = pivots + 2 * 4 * C::kRows;
     const int key = first_key + 16 * lane.warp + lane.g;
-    RMT_UNROLL for (int n = 0; n < C::kRows / 8; ++n)
-      RMT_UNROLL for (int j = 0; j < 2; ++j) {
-        int field[5];
-        RMT_UNROLL for (int f = 0; f < 5; ++f)
-          field[f] = device::load_shared(fields + 4 * (f * C::kRows + 8 * n + 2 * lane.t + j));
-        const Row row{field[0], field[1], field[2], field[3], field[4]};
-        RMT_UNROLL for (int half = 0; half < 2; ++half) {
-          float& probability = s[n][2 * half + j];
-          probability = sees(row, key + 8 * half) ? probability : 0.0f;
-        }
+    const bool plain = TileView::plain(staged_view(number));
+    RMT_UNROLL for (int n = 0; n < C::kRows / 8; ++n) {
+      uint32_t lo[2], hi[2];
+      load_columns(lo, fields, n, lane.t), load_columns(hi, fields + 4 * C::kRows, n, lane.t);
+      if (plain) {
+        RMT_UNROLL for (int e = 0; e < 4; ++e)
+          s[n][e] = sees_plainly(lo[e % 2], hi[e % 2], key + 8 * (e / 2)) ? s[n][e] : 0.0f;
+        continue;
       }
+      uint32_t gap_lo[2], gap_hi[2], own[2];
+      load_columns(gap_lo, fields + 8 * C::kRows, n, lane.t), load_columns(gap_hi, fields + 12 * C::kRows, n, lane.t);
+      load_columns(own, fields + 16 * C::kRows, n, lane.t);
+      RMT_UNROLL for (int e = 0; e < 4; ++e) {
+        const int j = e % 2;
+        const Row row{static_cast<int>(lo[j]), static_cast<int>(hi[j]), static_cast<int>(gap_lo[j]),
+                      static_cast<int>(gap_hi[j]), static_cast<int>(own[j])};
+        s[n][e] = sees(row, key + 8 * (e / 2)) ? s[n][e] : 0.0f;
+      }
+    }
   }
 
   RMT_DEVICE void draw_kept(int tile) {
     const Lane lane;
-    const Draw draw(p, b);
-    const PackedRows rows(p, group, b, kv_head);
-    const CheckedSample sample(p, b);
-    const int key = key_tile * C::kKeys + 16 * lane.warp;
+    const Draw draw(p, b());
+    const PackedRows rows(p, group, b(), kv_head());
+    const CheckedSample sample(p, b());
+    const int key = key_tile() * C::kKeys + 16 * lane.warp;
     RMT_UNROLL for (int n = 0; n < C::kRows / 8; ++n) {
       const int r = min_int(tile * C::kRows + 8 * n + 2 * lane.t + lane.g % 2, rows.count - 1);
       const uint32_t bits = kept_by_columns(draw, key, layout_row(p.layout, sample, rows.query(r)), rows.head(r));
@@ -196,150 +233,148 @@ struct BackwardBlock {
   }
   RMT_DEVICE bool is_kept(int n, int i) const { return !C::kDropout || (kept[n / 8] >> (4 * (n % 8) + i) & 1u); }
 
-  RMT_DEVICE void add_to_values(int number) {
-    uint32_t left[C::kSteps][4];
-    RMT_UNROLL for (int k = 0; k < C::kSteps; ++k)
-      RMT_UNROLL for (int i = 0; i < 4; ++i) {
-        const int n = 2 * k + i / 2, e = i % 2 * 2;
-        left[k][i] = device::pack<Element>(is_kept(n, e) ? s[n][e] : 0.0f, is_kept(n, e + 1) ? s[n][e + 1] : 0.0f);
-      }
-    add_rows(dv, left, stage(number) + C::kRowBytes);
-  }
-
-  // Gradients of scores: left operands for the keys' gradient, and in shared memory, keys by rows, for the queries'.
-  RMT_DEVICE void find_slopes(int number) {
-    float dp[C::kRows / 8][4];
-    multiply_rows<false>(dp, memory + C::kValue, stage(number) + C::kRowBytes);
+  // From probabilities and their gradients to what is multiplied next: weights, and gradients of scores, the latter
+  // also in shared memory, keys by rows, for the gradient of queries.
+  RMT_DEVICE void find_operands(int number) {
     const Lane lane;
     const Shared deltas = numbers(number) + 4 * C::kRows;
     const float rescale = C::kDropout ? p.dropout.rescale() : 1.0f;
     RMT_UNROLL for (int n = 0; n < C::kRows / 8; ++n) {
-      float delta[2];
-      RMT_UNROLL for (int j = 0; j < 2; ++j)
-        delta[j] = device::load_shared_float(deltas + 4 * (8 * n + 2 * lane.t + j));
+      uint32_t delta[2];
+      load_columns(delta, deltas, n, lane.t);
       RMT_UNROLL for (int half = 0; half < 2; ++half) {
-        float slope[2];
+        float weight[2], slope[2];
         RMT_UNROLL for (int j = 0; j < 2; ++j) {
           const int e = 2 * half + j;
-          const float through = is_kept(n, e) ? (C::kDropout ? dp[n][e] * rescale : dp[n][e]) : 0.0f;
-          slope[j] = s[n][e] * (through - delta[j]);
+          const bool here = is_kept(n, e);
+          weight[j] = here ? s[n][e] : 0.0f;
+          slope[j] = s[n][e] * ((here ? (C::kDropout ? dp[n][e] * rescale : dp[n][e]) : 0.0f) - device::from_bits(delta[j]));
         }
-        const uint32_t word = device::pack<Element>(slope[0], slope[1]);
-        slopes[n / 2][n % 2 * 2 + half] = word;
+        const int word = n % 2 * 2 + half;
+        weights[n / 2][word] = device::pack<Element>(weight[0], weight[1]);
+        slopes[n / 2][word] = device::pack<Element>(slope[0], slope[1]);
         const Shared row = Tile<C::kRows>::chunk_at(memory + C::kScores, 16 * lane.warp + 8 * half + lane.g, n);
-        device::store_shared(row + 4 * lane.t, word);
-      }
-    }
-  }
-
-  // The queries' gradient, a 16 x kPart block of it: what others have summed, and what the block's keys add.
-  RMT_DEVICE void add_to_queries(float (&dq)[C::kPart / 8][4]) const {
-    const Lane lane;
-    const int first = lane.warp % C::kSteps * 2, column = lane.warp / C::kSteps * (C::kPart / 8);  // chunks
-    const auto left = Reader<C::kRows>::a_transposed(memory + C::kScores);
-    const In right = In::b_transposed(memory + C::kKey);
-    RMT_UNROLL for (int k = 0; k < C::kKeys / 16; ++k) {
-      uint32_t a[4];
-      left.read(a, 16 * k, first);
-      RMT_UNROLL for (int n = 0; n < C::kPart / 16; ++n) {
-        uint32_t words[4];
-        right.read(words, 16 * k, column + 2 * n);
-        device::multiply<Element>(dq[2 * n], a, words[0], words[1]);
-        device::multiply<Element>(dq[2 * n + 1], a, words[2], words[3]);
+        device::store_shared(row + 4 * lane.t, slopes[n / 2][word]);
       }
     }
   }
 
   RMT_DEVICE int64_t unit(int tile) const {
-    return (static_cast<int64_t>(b) * p.kv_heads + kv_head) * space.tiles + tile;
+    return (static_cast<int64_t>(b()) * p.kv_heads + kv_head()) * space.tiles + tile;
   }
-  RMT_DEVICE Vector* sums(int tile) const {
-    return reinterpret_cast<Vector*>(space.sums + unit(tile) * C::kRows * C::kWidth) + Lane().thread;
+  RMT_DEVICE int tile(int number) const { return TileView::tile(staged_view(number)); }
+  // How many blocks add to a tile of rows before this one, and whether none does after it.
+  RMT_DEVICE int turn(int number) const { return TileView::walk(staged_view(number)).after(key_tile()); }
+  RMT_DEVICE bool is_last(int number) const { return TileView::walk(staged_view(number)).from(0) == key_tile(); }
+
+  // One thread waits for the block's turn, and one passes it on when everybody has stored what was theirs, which is so
+  // after the next barrier; until then the tile is noted, and how many will have had their turn. The two are of different
+  // warps, and look well before what they wait for is needed: each takes hundreds of cycles, which no other thread waits.
+  RMT_DEVICE bool is_turn(int number) const {
+    const int before = turn(number);
+    return before == 0 || device::load_acquire(space.turns + unit(tile(number))) == before;
+  }
+  RMT_DEVICE void note(int tile, int turns) const {
+    device::store_shared(memory + C::kNote, tile), device::store_shared(memory + C::kNote + 4, turns);
+  }
+  RMT_DEVICE void pass_turn() const {
+    const int tile = device::load_shared(memory + C::kNote);
+    if (tile >= 0) device::store_release(space.turns + unit(tile), device::load_shared(memory + C::kNote + 4));
   }
 
-  RMT_DEVICE void store_queries(int tile, const float (&dq)[C::kPart / 8][4]) const {
+  // The queries' gradient, a 16 x kPart block of it: what others have summed, and what the block's keys add.
+  RMT_DEVICE void add_to_queries(int number, int part) const {
+    float dq[C::kPart / 8][4];
     const Lane lane;
-    const PackedRows rows(p, group, b, kv_head);
-    const CheckedSample sample(p, b);
-    const int column = lane.warp / C::kSteps * C::kPart;
+    Vector* sums = reinterpret_cast<Vector*>(space.sums + unit(tile(number)) * C::kRows * C::kWidth) + lane.thread +
+                   part / 8 * C::kThreads;
+    const bool first_turn = turn(number) == 0;
+    RMT_UNROLL for (int n = 0; n < C::kPart / 8; ++n) {
+      const Vector before = first_turn ? Vector{} : device::load_far(sums + n * C::kThreads);
+      RMT_UNROLL for (int i = 0; i < 4; ++i) dq[n][i] = device::from_bits(before.word[i]);
+    }
+    const int rows = lane.warp % C::kSteps * 2;  // chunks of columns, of both operands
+    const int columns = (lane.warp / C::kSteps * C::kColumns + part) / 8;
+    const auto left = Reader<C::kRows>::a_transposed(memory + C::kScores);
+    const In right = In::b_transposed(memory + C::kKey);
+    RMT_UNROLL for (int k = 0; k < C::kKeys / 16; ++k) {
+      uint32_t a[4];
+      left.read(a, 16 * k, rows);
+      RMT_UNROLL for (int n = 0; n < C::kPart / 16; ++n) {
+        uint32_t words[4];
+        right.read(words, 16 * k, columns + 2 * n);
+        device::multiply<Element>(dq[2 * n], a, words[0], words[1]);
+        device::multiply<Element>(dq[2 * n + 1], a, words[2], words[3]);
+      }
+    }
+    if (is_last(number)) return store_queries(tile(number), dq, part);
+    RMT_UNROLL for (int n = 0; n < C::kPart / 8; ++n) {
+      Vector now;
+      RMT_UNROLL for (int i = 0; i < 4; ++i) now.word[i] = device::bits(dq[n][i]);
+      device::store_far(sums + n * C::kThreads, now);
+    }
+  }
+
+  RMT_DEVICE void store_queries(int tile, const float (&dq)[C::kPart / 8][4], int part) const {
+    const Lane lane;
+    const PackedRows rows(p, group, b(), kv_head());
+    const bool ok = this->ok();
+    const int column = lane.warp / C::kSteps * C::kColumns + part;
     RMT_UNROLL for (int half = 0; half < 2; ++half) {
       const int r = tile * C::kRows + lane.warp % C::kSteps * 16 + 8 * half + lane.g;
       store_row<Element, C::kPart / 8>(
           r < rows.count ? rows.address(p.grad_query, r) + 2 * column : nullptr, p.head_dim - column,
-          [&](int n, int i) { return sample.ok ? dq[n][2 * half + i] * p.scale : device::not_a_number(); });
+          [&](int n, int i) { return ok ? dq[n][2 * half + i] * p.scale : device::not_a_number(); });
     }
   }
 
   RMT_DEVICE void run() {
-    const int key_tiles = (p.keys + C::kKeys - 1) / C::kKeys;
-    if (device::thread() == 0) device::store_shared(memory + C::kBegin, device::take_ticket(space.tickets));
+    if (device::thread() == 0) find_place(), note(-1, 0);
     device::barrier();
-    const int ticket = device::load_shared(memory + C::kBegin), head = ticket / key_tiles;
-    key_tile = key_tiles - 1 - ticket % key_tiles, b = head / p.kv_heads, kv_head = head % p.kv_heads;
-
     RMT_UNROLL for (int n = 0; n < C::kWidth / 8; ++n)
       RMT_UNROLL for (int i = 0; i < 4; ++i) dk[n][i] = dv[n][i] = 0.0f;
-    int tile = next_tile(0);
-    if (tile >= 0) fetch_keys(), fetch(0, tile);
-    int* release = nullptr;  // whose turn has ended, and how many have had theirs
-    int released = 0;
-    for (int number = 0; tile >= 0; ++number) {
-      const int next = next_tile(tile + 1);
+    int next = -32;
+    uint32_t left = 0;
+    advance(next, left);
+    if (next >= 0) fetch_keys(), fetch(0, next);
+    for (int number = 0; next >= 0; ++number) {
+      advance(next, left);
       device::wait_copies<0>();
       device::barrier();  // the rows are there; scores, the other stage and sums are done with
-      if (release != nullptr && device::thread() == 0) device::store_release(release, released);
+      multiply_rows(s, memory + C::kKey, stage(number));
       if (next >= 0) fetch(number + 1, next);
-
-      multiply_rows<true>(s, memory + C::kKey, stage(number));
-      probabilities(number, tile);
-      if (C::kDropout) draw_kept(tile);
-      add_to_values(number);
-      find_slopes(number);
-
-      const Walk walk = TileView::walk_at(view(tile));
-      const int turn = walk.after(key_tile);
-      const bool last = walk.from(0) == key_tile;
-      int* turns = space.turns + unit(tile);
-      if (turn > 0 && device::thread() == 0)
-        while (device::load_acquire(turns) != turn) device::pause();
+      if (device::thread() == kPassing) pass_turn();
+      multiply_rows(dp, memory + C::kValue, stage(number) + C::kRowBytes);
+      probabilities(number);
+      if (C::kDropout) draw_kept(tile(number));
+      find_operands(number);
+      bool ready = device::thread() != kWaiting || is_turn(number);
+      add_rows(dv, weights, stage(number) + C::kRowBytes);
+      for (; !ready; ready = is_turn(number)) device::pause();
       device::barrier();  // scores are there, and so are the sums of those before
-      float dq[C::kPart / 8][4];
-      RMT_UNROLL for (int n = 0; n < C::kPart / 8; ++n) {
-        const Vector sum = turn > 0 ? device::load_far(sums(tile) + n * C::kThreads) : Vector{};
-        RMT_UNROLL for (int i = 0; i < 4; ++i) dq[n][i] = device::from_bits(sum.word[i]);
-      }
       add_rows(dk, slopes, stage(number));
-      add_to_queries(dq);
-      if (last) {
-        store_queries(tile, dq);
-      } else {
-        RMT_UNROLL for (int n = 0; n < C::kPart / 8; ++n)
-          device::store_far(sums(tile) + n * C::kThreads,
-                            {{device::bits(dq[n][0]), device::bits(dq[n][1]), device::bits(dq[n][2]), device::bits(dq[n][3])}});
-      }
-      release = last ? nullptr : turns, released = turn + 1;
-      tile = next;
+      RMT_UNROLL for (int part = 0; part < C::kColumns; part += C::kPart) add_to_queries(number, part);
+      if (device::thread() == kPassing) note(is_last(number) ? -1 : tile(number), turn(number) + 1);
     }
     device::barrier();
-    if (release != nullptr && device::thread() == 0) device::store_release(release, released);
+    if (device::thread() == kPassing) pass_turn();
     store_keys();
   }
 
   RMT_DEVICE void store_keys() const {
     const Lane lane;
-    const CheckedSample sample(p, b);
-    const Keys keys(p.grad_cache_key, p.grad_key, p.cache_rows, b, kv_head);
-    const Keys values(p.grad_cache_value, p.grad_value, p.cache_rows, b, kv_head);
+    const bool ok = this->ok();
     const float rescale = C::kDropout ? p.dropout.rescale() : 1.0f;
     RMT_UNROLL for (int half = 0; half < 2; ++half) {
-      const int key = key_tile * C::kKeys + 16 * lane.warp + 8 * half + lane.g;
-      const bool there = key < p.keys;
-      const auto store = [&](const Keys& to, const float(&grad)[C::kWidth / 8][4], float factor) {
-        store_row<Element, C::kWidth / 8>(
-            there ? const_cast<char*>(to.row(key)) : nullptr, p.head_dim,
-            [&](int n, int i) { return sample.ok ? grad[n][2 * half + i] * factor : device::not_a_number(); });
+      const int key = key_tile() * C::kKeys + 16 * lane.warp + 8 * half + lane.g;
+      const auto store = [&](const Matrix& cached, const Matrix& matrix, const float(&grad)[C::kWidth / 8][4], float factor) {
+        const Keys to = Keys::of(cached, matrix, p.cache_rows, b(), kv_head());
+        const char* row = key < p.keys ? to.row(cached, matrix, p.cache_rows, key) : nullptr;
+        store_row<Element, C::kWidth / 8>(const_cast<char*>(row), p.head_dim, [&](int n, int i) {
+          return ok ? grad[n][2 * half + i] * factor : device::not_a_number();
+        });
       };
-      store(keys, dk, p.scale), store(values, dv, rescale);
+      store(p.grad_cache_key, p.grad_key, dk, p.scale), store(p.grad_cache_value, p.grad_value, dv, rescale);
     }
   }
 };

@@ -6,6 +6,8 @@
 // SM hide each other's barriers: two at least.
 #pragma once
 
+#include <type_traits>
+
 #include "backward.h"
 #include "decode.h"
 #include "forward.h"
@@ -13,26 +15,27 @@
 namespace rmt {
 
 // Packed rows up to which small tiles fill more of the chip.
-constexpr int kShortRows = 1024;
+constexpr int kShortRows = 512;
 
 // clang-format off
 template <class Element, int kWidth, bool kDropout> struct Tiles;
 
 template <class Element, bool kDropout> struct Tiles<Element, 64, kDropout> {
   //                                        rows keys warps blocks
-  using Long     = ForwardConfig<Element, 64, 128, 64, 4, 2, kDropout>;  // 225 registers
-  using Short    = ForwardConfig<Element, 64,  64, 64, 4, 3, kDropout>;  // 4 blocks spill with dropout
-  using Few      = DecodeConfig <Element, 64,   4, 3, kDropout>;         // stages, blocks
-  using LongBack  = BackwardConfig<Element, 64, 64, 128, 8, kDropout>;
-  using ShortBack = BackwardConfig<Element, 64, 64,  64, 4, kDropout>;
+  using Long      = ForwardConfig <Element, 64, 128, 64, 4, 2, kDropout>;
+  using Short     = ForwardConfig <Element, 64,  64, 64, 4, 3, kDropout>;
+  using Few       = DecodeConfig  <Element, 64,          4, 3, kDropout>;  // stages, blocks
+  using LongBack  = BackwardConfig<Element, 64,  64, 128, 8, kDropout>;
+  using ShortBack = BackwardConfig<Element, 64,  64,  64, 4, kDropout>;
 };
 
 template <class Element, bool kDropout> struct Tiles<Element, 128, kDropout> {
-  using Long     = ForwardConfig<Element, 128, 128, 64, 4, 2, kDropout>;
-  using Short    = ForwardConfig<Element, 128,  64, 64, 4, 2, kDropout>; // 3 blocks spill 8 bytes
-  using Few      = DecodeConfig <Element, 128,   3, 2, kDropout>;
-  using LongBack  = BackwardConfig<Element, 128, 64, 128, 8, kDropout>;
-  using ShortBack = BackwardConfig<Element, 128, 64,  64, 4, kDropout>;
+  using Short     = ForwardConfig <Element, 128,  64, 64, 4, 2, kDropout>;
+  // With dropout 128 rows spill, and drawing numbers costs more than reading keys twice.
+  using Long      = std::conditional_t<kDropout, Short, ForwardConfig<Element, 128, 128, 64, 4, 2, false>>;
+  using Few       = DecodeConfig  <Element, 128,          3, 2, kDropout>;
+  using LongBack  = BackwardConfig<Element, 128,  64, 128, 8, kDropout>;
+  using ShortBack = BackwardConfig<Element, 128,  64,  64, 4, kDropout>;
 };
 // clang-format on
 

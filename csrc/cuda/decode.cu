@@ -48,6 +48,7 @@ void run(const Problem& p, const Chip&, char* workspace, uintptr_t stream) {
 void allow() {
   device::allow_shared_memory(decode_kernel<Config<false>>, Config<false>::kShared);
   device::allow_shared_memory(decode_kernel<Config<true>>, Config<true>::kShared);
+  device::allow_shared_memory(combine_kernel<Element, RMT_WIDTH>, 0);
 }
 
 }  // namespace

@@ -21,7 +21,7 @@ struct DecodeConfig {
   static constexpr int kRows = 16, kWarps = 4, kThreads = 32 * kWarps, kKeys = 16 * kWarps, kDepth = kWidth / 16;
   static constexpr int kChunk = 512;  // keys of a block: a multiple of kKeys
   static constexpr int kSlice = Tile<kWidth>::bytes(16), kStage = 2 * kSlice;  // a warp's keys of a tile, and values
-  static constexpr int kQuery = 0, kRing = kSlice, kView = kRing + kWarps * kStages * kStage,
+  static constexpr int kRing = 0, kQuery = (kStages - 1) * kStage, kView = kRing + kWarps * kStages * kStage,
                        kMerged = kView + View<kRows, kKeys>::kBytes, kShared = kMerged + 2 * 4 * kWarps * kRows;
   static_assert(kStage >= 4 * 16 * kWidth, "what a warp has summed takes the place of a stage");
 };
@@ -63,13 +63,14 @@ struct DecodeBlock {
   }
 
   // The warp's keys and values of a tile, -1: none. A group of copies either way.
-  RMT_DEVICE void fetch(int number, int tile, const Keys& keys, const Keys& values, const Fence& fence) {
+  RMT_DEVICE void fetch(int number, int tile) {
     if (tile >= 0) {
       const int first = tile * C::kKeys + 16 * warp;
-      const auto alive = [&](int n) { return fence.alive(n); };
-      copy_rows<C::kWidth, 16, 32>(stage(number), first, p.head_dim, lane, [&](int n) { return keys.row(n); }, alive);
-      copy_rows<C::kWidth, 16, 32>(stage(number) + C::kSlice, first, p.head_dim, lane,
-                                   [&](int n) { return values.row(n); }, alive);
+      const Fence fence = Sees::fence(memory + C::kView);
+      copy_keys<C::kWidth, 16, 32>(stage(number), Sees::keys(memory + C::kView), p.cache_key, p.key, p.cache_rows,
+                                   p.head_dim, fence, first, lane);
+      copy_keys<C::kWidth, 16, 32>(stage(number) + C::kSlice, Sees::values(memory + C::kView), p.cache_value, p.value,
+                                   p.cache_rows, p.head_dim, fence, first, lane);
     }
     device::commit_copies();
   }
@@ -96,7 +97,7 @@ struct DecodeBlock {
       Softmax& row = softmax[half];
       float most = row.highest;
       RMT_UNROLL for (int n = 0; n < 2; ++n)
-        RMT_UNROLL for (int i = 0; i < 2; ++i) most = s[n][2 * half + i] > most ? s[n][2 * half + i] : most;
+        RMT_UNROLL for (int i = 0; i < 2; ++i) most = device::larger(s[n][2 * half + i], most);
       const auto raised = row.raise(row_most(most), scale);
       RMT_UNROLL for (int n = 0; n < 2; ++n)
         RMT_UNROLL for (int i = 0; i < 2; ++i) {
@@ -124,55 +125,56 @@ struct DecodeBlock {
     }
   }
 
-  // Leaves in shared memory what the warp has summed: (16, kWidth) where its ring was, then highest and totals.
-  RMT_DEVICE void leave() {
-    const Shared sums = stage(0);
+  // Where a warp leaves a pair of columns of what it has summed: rows are exchanged in groups of 8 columns, so that four
+  // rows of a column lie in different banks.
+  RMT_DEVICE Shared left(int of_warp, int r, int column) const {
+    return memory + C::kRing + of_warp * C::kStages * C::kStage + 4 * (r * C::kWidth + (column ^ (8 * (r % 4))));
+  }
+  RMT_DEVICE Shared merged(int which, int of_warp, int r) const {
+    return memory + C::kMerged + 4 * ((which * C::kWarps + of_warp) * C::kRows + r);
+  }
+  // Leaves in shared memory what the warp has summed, where its ring was, then highest and totals; of `count` rows.
+  RMT_DEVICE void leave(int count) {
     RMT_UNROLL for (int half = 0; half < 2; ++half) {
       Softmax row = softmax[half];
       row.total = row_sum(row.total);
       const int r = g + 8 * half;
+      if (r >= count) continue;
       const bool blind = sees_nothing(Sees::load(memory + C::kView, r));
       const float exact = blind ? 0.0f : device::exp2(-row.remainder(scale));
-      RMT_UNROLL for (int n = 0; n < C::kWidth / 8; ++n)
-        RMT_UNROLL for (int i = 0; i < 2; ++i) {
-          const float sum = blind ? 0.0f : acc[n][2 * half + i] * exact;
-          device::store_shared_float(sums + 4 * (r * C::kWidth + 8 * n + 2 * t + i), sum);
-        }
+      RMT_UNROLL for (int n = 0; n < C::kWidth / 8; ++n) {
+        uint32_t words[2];
+        RMT_UNROLL for (int i = 0; i < 2; ++i) words[i] = device::bits(blind ? 0.0f : acc[n][2 * half + i] * exact);
+        device::store_shared_pair(left(warp, r, 8 * n + 2 * t), words[0], words[1]);
+      }
       if (t > 0) continue;
-      device::store_shared_float(merged(0, r), blind ? -infinity() : row.highest);
-      device::store_shared_float(merged(1, r), blind ? 0.0f : row.total * exact);
+      device::store_shared_float(merged(0, warp, r), blind ? -infinity() : row.highest);
+      device::store_shared_float(merged(1, warp, r), blind ? 0.0f : row.total * exact);
     }
   }
-  RMT_DEVICE Shared merged(int which, int r, int of_warp) const {
-    return memory + C::kMerged + 4 * ((which * C::kWarps + of_warp) * C::kRows + r);
-  }
-  RMT_DEVICE Shared merged(int which, int r) const { return merged(which, r, warp); }
 
   RMT_DEVICE void run(int b, int kv_head, int tile, int chunk, const Divisor& group, const Parts& parts) {
     const CheckedSample sample(p, b);
     const PackedRows rows(p, group, b, kv_head);
     const int first = tile * C::kRows, first_key = chunk * C::kChunk;
-    copy_rows<C::kWidth, C::kRows, C::kThreads>(
-        memory + C::kQuery, first, p.head_dim, thread, [&](int r) { return rows.address(p.query, r); },
-        [&](int r) { return r < rows.count; });
+    copy_packed<C::kWidth, C::kRows, C::kThreads>(memory + C::kQuery, rows, p.query, p.head_dim, first, 0, 0, thread);
     device::commit_copies();
     Sees::template make<C::kThreads>(memory + C::kView, p, sample, rows, {b, kv_head, first, sample.ok}, first_key,
                                      min_int(p.keys, first_key + C::kChunk));
     device::wait_copies<0>();
     device::barrier();  // the view and the queries are there
 
-    const Keys keys(p.cache_key, p.key, p.cache_rows, b, kv_head), values(p.cache_value, p.value, p.cache_rows, b, kv_head);
-    const Fence fence = Sees::fence(memory + C::kView);
     const auto after = [&](int key_tile) { return key_tile < 0 ? -1 : Sees::from(memory + C::kView, key_tile + 1); };
     int key_tile = Sees::from(memory + C::kView, 0), ahead = key_tile, number = 0;
     RMT_UNROLL for (int i = 0; i < C::kStages - 1; ++i) {
-      fetch(i, ahead, keys, values, fence);
+      fetch(i, ahead);
       ahead = after(ahead);
     }
     RMT_UNROLL for (int d = 0; d < C::kDepth; ++d) {
       In::a(memory + C::kQuery).read(query[d], 0, 2 * d);
       RMT_UNROLL for (int i = 0; i < 4; ++i) query[d][i] = scale.signed_word(query[d][i]);
     }
+    device::barrier();  // the queries lie in the last stage of the first warp
     RMT_UNROLL for (int n = 0; n < C::kWidth / 8; ++n)
       RMT_UNROLL for (int i = 0; i < 4; ++i) acc[n][i] = 0.0f;
     softmax[0].start(), softmax[1].start();
@@ -183,50 +185,48 @@ struct DecodeBlock {
     for (; key_tile >= 0; key_tile = after(key_tile), ++number) {
       device::wait_copies<C::kStages - 2>();
       device::warp_barrier();  // the tile is there, and the one before is done with
-      fetch(number + C::kStages - 1, ahead, keys, values, fence);
+      fetch(number + C::kStages - 1, ahead);
       ahead = after(ahead);
       step(stage(number), key_tile, draw, drawn_row, drawn_head);
     }
     device::wait_copies<0>();
     device::warp_barrier();
-    leave();
+    leave(rows.count - first);
     device::barrier();
     merge(rows, first, chunk, sample.ok, parts);
   }
 
-  // Puts the warps' sums together: eight threads a row, eight columns at a time.
+  // Puts the warps' sums together: eight threads a row, two columns at a time.
   RMT_DEVICE void merge(const PackedRows& rows, int first, int chunk, bool ok, const Parts& parts) {
     const int in_tile = thread / 8, r = first + in_tile;
     if (r >= rows.count) return;
     Softmax row;
     row.start();
     RMT_UNROLL for (int w = 0; w < C::kWarps; ++w) {
-      const float highest = device::load_shared_float(merged(0, in_tile, w));
-      row.highest = highest > row.highest ? highest : row.highest;
+      const float highest = device::load_shared_float(merged(0, w, in_tile));
+      row.highest = device::larger(highest, row.highest);
     }
     float weights[C::kWarps];
     RMT_UNROLL for (int w = 0; w < C::kWarps; ++w) {
-      weights[w] = part_weight(device::load_shared_float(merged(0, in_tile, w)), row.highest, scale);
-      row.total += weights[w] * device::load_shared_float(merged(1, in_tile, w));
+      weights[w] = part_weight(device::load_shared_float(merged(0, w, in_tile)), row.highest, scale);
+      row.total += weights[w] * device::load_shared_float(merged(1, w, in_tile));
     }
     if (!ok) row.total = device::not_a_number();  // a sample out of range shows
     const int64_t number = rows.number(p, r), part = number * parts.chunks + chunk;
     const float share = parts.chunks > 1 ? 1.0f
                         : (C::kDropout ? p.dropout.rescale() : 1.0f) / (row.total == 0.0f ? 1.0f : row.total);
-    for (int column = thread % 8 * 8; column < p.head_dim; column += 64) {
-      float sums[8] = {};
-      RMT_UNROLL for (int w = 0; w < C::kWarps; ++w)
-        RMT_UNROLL for (int i = 0; i < 8; ++i) {
-          const Shared from = memory + C::kRing + w * C::kStages * C::kStage + 4 * (in_tile * C::kWidth + column + i);
-          sums[i] += weights[w] * device::load_shared_float(from);
-        }
+    for (int column = thread % 8 * 2; column < p.head_dim; column += 16) {
+      float sums[2] = {};
+      RMT_UNROLL for (int w = 0; w < C::kWarps; ++w) {
+        uint32_t words[2];
+        device::load_shared_pair(words, left(w, in_tile, column));
+        RMT_UNROLL for (int i = 0; i < 2; ++i) sums[i] += weights[w] * device::from_bits(words[i]);
+      }
       if (parts.chunks > 1) {
-        RMT_UNROLL for (int i = 0; i < 8; ++i) parts.sums[part * C::kWidth + column + i] = sums[i];
+        parts.sums[part * C::kWidth + column] = sums[0], parts.sums[part * C::kWidth + column + 1] = sums[1];
       } else {
-        Vector packed;
-        RMT_UNROLL for (int i = 0; i < 4; ++i)
-          packed.word[i] = device::pack<Element>(sums[2 * i] * share, sums[2 * i + 1] * share);
-        *reinterpret_cast<Vector*>(rows.address(p.out, r) + 2 * column) = packed;
+        *reinterpret_cast<uint32_t*>(rows.address(p.out, r) + 2 * column) =
+            device::pack<Element>(sums[0] * share, sums[1] * share);
       }
     }
     if (thread % 8 > 0) return;
@@ -259,7 +259,7 @@ combine_kernel(RMT_CONSTANT Problem p, RMT_CONSTANT Scale scale, RMT_CONSTANT Pa
   float highest = -infinity(), total = 0.0f, sums[kColumns] = {};
   for (int c = 0; c < parts.chunks; ++c) {
     const float other = parts.highest[row * parts.chunks + c];
-    highest = other > highest ? other : highest;
+    highest = device::larger(other, highest);
   }
   for (int c = 0; c < parts.chunks; ++c) {
     const int64_t part = row * parts.chunks + c;

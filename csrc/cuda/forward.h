@@ -43,8 +43,8 @@ struct ForwardBlock {
 
   float acc[C::kTiles][C::kWidth / 8][4];
   float s[C::kTiles][C::kKeys / 8][4];
+  uint32_t weights[C::kSteps][C::kTiles][4];  // left operands of the product with the values
   Softmax softmax[C::kTiles][2];
-  int drawn_row[C::kTiles], drawn_head[C::kTiles];  // of the row whose numbers this lane draws
 
   RMT_DEVICE ForwardBlock(const Problem& problem, const Scale& problem_scale, const Divisor& by_group)
       : p(problem), scale(problem_scale), group(by_group), memory(device::shared_memory()) {}
@@ -69,7 +69,6 @@ struct ForwardBlock {
       uint32_t q[C::kTiles][4];
       RMT_UNROLL for (int m = 0; m < C::kTiles; ++m) {
         query.read(q[m], 16 * m, 2 * d);
-        RMT_UNROLL for (int i = 0; i < 4; ++i) q[m][i] = scale.signed_word(q[m][i]);
       }
       RMT_UNROLL for (int n = 0; n < C::kSteps; ++n) {
         uint32_t k[4];
@@ -82,16 +81,34 @@ struct ForwardBlock {
     }
   }
 
+  // The sign of the scale, where it has one, or zeros: the queries take it on.
+  RMT_DEVICE void sign_queries() {
+    for (int at = 4 * Lane().thread; at < Tile<C::kWidth>::bytes(C::kRows); at += 4 * C::kThreads) {
+      const Shared word = memory + C::kQuery + at;
+      device::store_shared(word, scale.signed_word(device::load_shared(word)));
+    }
+    device::barrier();
+  }
+
   RMT_DEVICE void mask(int first_key) {
     const Lane lane;
+    const bool plain = Sees::plain(memory + C::kView);
+    const int key = first_key + 2 * lane.t;
     RMT_UNROLL for (int m = 0; m < C::kTiles; ++m)
       RMT_UNROLL for (int half = 0; half < 2; ++half) {
         const Row row = Sees::load(memory + C::kView, lane.row(m, half));
-        RMT_UNROLL for (int n = 0; n < C::kKeys / 8; ++n)
-          RMT_UNROLL for (int i = 0; i < 2; ++i) {
-            float& score = s[m][n][2 * half + i];
-            score = sees(row, first_key + 8 * n + 2 * lane.t + i) ? score : -infinity();
-          }
+        const auto hide_unless = [&](auto seen) {
+          RMT_UNROLL for (int n = 0; n < C::kKeys / 8; ++n)
+            RMT_UNROLL for (int i = 0; i < 2; ++i) {
+              float& score = s[m][n][2 * half + i];
+              score = seen(key + 8 * n + i) ? score : -infinity();
+            }
+        };
+        if (plain) {
+          hide_unless([&](int k) { return sees_plainly(row.lo, row.hi, k); });
+        } else {
+          hide_unless([&](int k) { return sees(row, k); });
+        }
       }
   }
 
@@ -102,7 +119,7 @@ struct ForwardBlock {
         Softmax& row = softmax[m][half];
         float most = row.highest;
         RMT_UNROLL for (int n = 0; n < C::kKeys / 8; ++n)
-          RMT_UNROLL for (int i = 0; i < 2; ++i) most = s[m][n][2 * half + i] > most ? s[m][n][2 * half + i] : most;
+          RMT_UNROLL for (int i = 0; i < 2; ++i) most = device::larger(s[m][n][2 * half + i], most);
         const auto step = row.raise(row_most(most), scale);
         RMT_UNROLL for (int n = 0; n < C::kKeys / 8; ++n)
           RMT_UNROLL for (int i = 0; i < 2; ++i) {
@@ -116,77 +133,86 @@ struct ForwardBlock {
   }
 
   RMT_DEVICE void drop(int first_key) {
-    const Draw draw(p, Sees::place(memory + C::kView).b);
-    RMT_UNROLL for (int m = 0; m < C::kTiles; ++m)
+    const Lane lane;
+    const Place place = Sees::place(memory + C::kView);
+    const PackedRows rows(p, group, place.b, place.kv_head);
+    const CheckedSample sample(p, place.b);
+    const Draw draw(p, place.b);
+    RMT_UNROLL for (int m = 0; m < C::kTiles; ++m) {
+      const int r = min_int(place.first + lane.row(m, lane.t % 2), rows.count - 1);  // whose numbers this lane draws
+      const int row = layout_row(p.layout, sample, rows.query(r)), head = rows.head(r);
       RMT_UNROLL for (int n = 0; n < C::kKeys / 8; ++n) {
-        const uint32_t kept = kept_by_rows(draw, first_key + 8 * n, drawn_row[m], drawn_head[m]);
+        const uint32_t kept = kept_by_rows(draw, device::opaque(first_key) + 8 * n, row, head);
         RMT_UNROLL for (int i = 0; i < 4; ++i) s[m][n][i] = kept >> i & 1u ? s[m][n][i] : 0.0f;
       }
+    }
+  }
+
+  RMT_DEVICE void pack_weights() {
+    RMT_UNROLL for (int k = 0; k < C::kSteps; ++k)
+      RMT_UNROLL for (int m = 0; m < C::kTiles; ++m)
+        RMT_UNROLL for (int i = 0; i < 4; ++i)
+          weights[k][m][i] = device::pack<Element>(s[m][2 * k + i / 2][i % 2 * 2], s[m][2 * k + i / 2][i % 2 * 2 + 1]);
   }
 
   RMT_DEVICE void add_values() {
     const In values = In::b_transposed(memory + C::kValue);
     RMT_UNROLL for (int k = 0; k < C::kSteps; ++k) {
-      uint32_t weights[C::kTiles][4];
-      RMT_UNROLL for (int m = 0; m < C::kTiles; ++m)
-        RMT_UNROLL for (int i = 0; i < 4; ++i)
-          weights[m][i] = device::pack<Element>(s[m][2 * k + i / 2][i % 2 * 2], s[m][2 * k + i / 2][i % 2 * 2 + 1]);
       RMT_UNROLL for (int n = 0; n < C::kDepth; ++n) {
         uint32_t v[4];
         values.read(v, 16 * k, 2 * n);
         RMT_UNROLL for (int m = 0; m < C::kTiles; ++m) {
-          device::multiply<Element>(acc[m][2 * n], weights[m], v[0], v[1]);
-          device::multiply<Element>(acc[m][2 * n + 1], weights[m], v[2], v[3]);
+          device::multiply<Element>(acc[m][2 * n], weights[k][m], v[0], v[1]);
+          device::multiply<Element>(acc[m][2 * n + 1], weights[k][m], v[2], v[3]);
         }
       }
     }
   }
 
-  RMT_DEVICE void fetch(int offset, const Matrix& cached, const Matrix& matrix, int key_tile) {
-    const Place place = Sees::place(memory + C::kView);
-    const Keys from(cached, matrix, p.cache_rows, place.b, place.kv_head);
-    const Fence fence = Sees::fence(memory + C::kView);
-    copy_rows<C::kWidth, C::kKeys, C::kThreads>(
-        memory + offset, key_tile * C::kKeys, p.head_dim, Lane().thread, [&](int n) { return from.row(n); },
-        [&](int n) { return fence.alive(n); });
+  RMT_DEVICE void fetch(int offset, const Keys& from, const Matrix& cached, const Matrix& matrix, int key_tile) {
+    copy_keys<C::kWidth, C::kKeys, C::kThreads>(memory + offset, from, cached, matrix, p.cache_rows, p.head_dim,
+                                                Sees::fence(memory + C::kView), key_tile * C::kKeys, Lane().thread);
     device::commit_copies();
+  }
+  RMT_DEVICE void fetch_keys(int key_tile) {
+    fetch(C::kKey, Sees::keys(memory + C::kView), p.cache_key, p.key, key_tile);
+  }
+  RMT_DEVICE void fetch_values(int key_tile) {
+    fetch(C::kValue, Sees::values(memory + C::kView), p.cache_value, p.value, key_tile);
   }
 
   RMT_DEVICE void run(int b, int kv_head, int tile) {
     const CheckedSample sample(p, b);
     const PackedRows rows(p, group, b, kv_head);
     const int first = tile * C::kRows;
-    const Lane lane;
-    Sees::template make<C::kThreads>(memory + C::kView, p, sample, rows, {b, kv_head, first, sample.ok}, 0, p.keys);
-    copy_rows<C::kWidth, C::kRows, C::kThreads>(
-        memory + C::kQuery, first, p.head_dim, lane.thread, [&](int r) { return rows.address(p.query, r); },
-        [&](int r) { return r < rows.count; });
+    copy_packed<C::kWidth, C::kRows, C::kThreads>(memory + C::kQuery, rows, p.query, p.head_dim, first, 0, 0,
+                                                  Lane().thread);
     device::commit_copies();
+    Sees::template make<C::kThreads>(memory + C::kView, p, sample, rows, {b, kv_head, first, sample.ok}, 0, p.keys);
     RMT_UNROLL for (int m = 0; m < C::kTiles; ++m) {
       RMT_UNROLL for (int n = 0; n < C::kWidth / 8; ++n)
         RMT_UNROLL for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.0f;
       softmax[m][0].start(), softmax[m][1].start();
-      if (C::kDropout) {
-        const int r = min_int(first + lane.row(m, lane.t % 2), rows.count - 1);
-        drawn_row[m] = layout_row(p.layout, sample, rows.query(r)), drawn_head[m] = rows.head(r);
-      }
     }
+    if (scale.changes_words()) device::wait_copies<0>();
     device::barrier();  // the view is there
+    if (scale.changes_words()) sign_queries();
 
     int key_tile = Sees::from(memory + C::kView, 0);
-    if (key_tile >= 0) fetch(C::kKey, p.cache_key, p.key, key_tile);
+    if (key_tile >= 0) fetch_keys(key_tile);
     while (key_tile >= 0) {
       device::wait_copies<0>();
       device::barrier();  // the keys are there, and the last values are done with
-      fetch(C::kValue, p.cache_value, p.value, key_tile);
+      fetch_values(key_tile);
       scores();
       if (!Sees::open(memory + C::kView, key_tile)) mask(key_tile * C::kKeys);
+      weigh();
+      if (C::kDropout) drop(key_tile * C::kKeys);
+      pack_weights();
       device::wait_copies<0>();
       device::barrier();  // the values are there, and the keys are done with
       const int next = Sees::from(memory + C::kView, key_tile + 1);
-      if (next >= 0) fetch(C::kKey, p.cache_key, p.key, next);
-      weigh();
-      if (C::kDropout) drop(key_tile * C::kKeys);
+      if (next >= 0) fetch_keys(next);
       add_values();
       key_tile = next;
     }

@@ -18,24 +18,32 @@ struct BackwardSpace {
   int* tickets;    // how many blocks have begun
   float* sums;     // (batch, kv_heads, tiles, kRows * width): the tile's gradient so far, as lanes hold it
 };
-constexpr int kViewInts = 12;
+constexpr int kViewInts = 12;  // whole copies
 
-// As prepare_kernel left it.
+// What prepare_kernel leaves of a tile in `views`, as int `at(i)` of it says.
 struct TileView {
-  Walk walk;
-  Span span;  // only what `open` asks
-
-  RMT_DEVICE static Walk walk_at(const int* view) {
-    return {{view[0], view[2], view[4]}, {view[1], view[3], view[5]}};
+  template <class At>
+  RMT_DEVICE static Walk walk(At at) {
+    return {{at(0), at(2), at(4)}, {at(1), at(3), at(5)}};
   }
-  RMT_DEVICE static bool open_at(const int* view, int from, int to) {
+  template <class At>
+  RMT_DEVICE static bool open(At at, int from, int to) {
     Span span;
-    span.all_lo = view[6], span.all_hi = view[7], span.any_gap_lo = view[8], span.any_gap_hi = view[9];
+    span.all_lo = at(6), span.all_hi = at(7), span.any_gap_lo = at(8), span.any_gap_hi = at(9);
     return span.open(from, to);
   }
-  RMT_DEVICE void leave_at(int* view) const {
+  template <class At>
+  RMT_DEVICE static int tile(At at) {
+    return at(10);
+  }
+  template <class At>
+  RMT_DEVICE static bool plain(At at) {
+    return at(11) != 0;
+  }
+  RMT_DEVICE static void leave(int* view, const Walk& walk, const Span& span, int tile) {
     RMT_UNROLL for (int i = 0; i < 3; ++i) view[2 * i] = walk.begin[i], view[2 * i + 1] = walk.end[i];
     view[6] = span.all_lo, view[7] = span.all_hi, view[8] = span.any_gap_lo, view[9] = span.any_gap_hi;
+    view[10] = tile, view[11] = span.plain();
   }
 };
 
@@ -97,11 +105,11 @@ prepare_kernel(RMT_CONSTANT Problem p, RMT_CONSTANT Divisor group, RMT_CONSTANT 
   }
   Span span = warp_span(own);
   span.finish();
-  const TileView view{walk_of(span, kKeys), span};
+  const Walk walk = walk_of(span, kKeys);
   if (kv_head == 0 && thread == 0)
-    view.leave_at(space.views + (static_cast<int64_t>(b) * space.tiles + tile) * kViewInts);
+    TileView::leave(space.views + (static_cast<int64_t>(b) * space.tiles + tile) * kViewInts, walk, span, tile);
 
-  if (view.walk.from(0) >= 0) return;
+  if (walk.from(0) >= 0) return;
   const uint32_t nothing = sample.ok ? 0u : device::pack<Element>(device::not_a_number(), device::not_a_number());
   const int columns = p.head_dim / 8;
   for (int i = thread; i < kRows * columns; i += kPrepareThreads) {

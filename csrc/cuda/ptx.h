@@ -13,6 +13,8 @@
 // A kernel's parameter that is read where it lies, never copied to a thread's own memory.
 #define RMT_CONSTANT const __grid_constant__
 #define RMT_UNROLL _Pragma("unroll")
+#define RMT_UNROLL_BY(count) _Pragma(RMT_TEXT(unroll count))
+#define RMT_TEXT(words) #words
 
 namespace rmt::device {
 
@@ -51,6 +53,8 @@ RMT_DEVICE float exp2(float x) {
   return y;
 }
 RMT_DEVICE float log(float x) { return ::logf(x); }
+// The larger one; the other one of NaN and a number.
+RMT_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 RMT_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // a * b, rounded by itself.
 RMT_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
@@ -122,6 +126,13 @@ RMT_DEVICE uint32_t load_shared(Shared from) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(from) : "memory");
   return word;
 }
+// Two words that lie side by side, at a multiple of 8.
+RMT_DEVICE void store_shared_pair(Shared to, uint32_t first, uint32_t second) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(first), "r"(second) : "memory");
+}
+RMT_DEVICE void load_shared_pair(uint32_t (&words)[2], Shared from) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(from) : "memory");
+}
 RMT_DEVICE void store_shared_float(Shared to, float value) { store_shared(to, __float_as_uint(value)); }
 RMT_DEVICE float load_shared_float(Shared from) { return __uint_as_float(load_shared(from)); }
 
@@ -171,7 +182,6 @@ RMT_DEVICE int load_acquire(const int* from) {
   return value;
 }
 RMT_DEVICE void store_release(int* to, int value) {
-  __threadfence();
   asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
 // The counter's value before 1 was added.
@@ -189,7 +199,8 @@ inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// Lets a kernel have so many bytes of dynamic shared memory on the current device; once before its first launch there.
+// Loads a kernel to the current device, which no CUDA graph that is being captured could do, and lets it have so many
+// bytes of dynamic shared memory; once before its first launch there.
 template <class... Arguments>
 void allow_shared_memory(void (*kernel)(Arguments...), int bytes) {
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),

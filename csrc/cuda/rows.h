@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../problem.h"
-#include "device.h"
+#include "tile.h"
 
 namespace rmt {
 
@@ -55,11 +55,33 @@ struct PackedRows {
     const int q = group(r), h = first_head + r - q * group.by;
     return m.data + 2 * (b * m.batch + h * m.head + q * m.row);
   }
+  // Whether every so many packed rows are as many bytes apart: `step` of them, which `even_step` tells.
+  RMT_DEVICE bool even(int step) const { return step % group.by == 0; }
+  RMT_DEVICE int64_t even_step(const Matrix& m, int step) const { return 2 * m.row * group(step); }
   // Place in a tensor (batch, heads, queries).
   RMT_DEVICE int64_t number(const Problem& p, int r) const {
     return (static_cast<int64_t>(b) * p.heads + head(r)) * p.queries + query(r);
   }
 };
+
+// Starts copies of packed rows [first, first + kRows) to a tile; rows that are not there, and those of queries [hidden,
+// hidden_end), become zeros.
+template <int kWidth, int kRows, int kThreads>
+RMT_DEVICE void copy_packed(Shared base, const PackedRows& rows, const Matrix& matrix, int width, int first, int hidden,
+                            int hidden_end, int thread) {
+  const Copy<kWidth, kRows, kThreads> copy(base, width, thread);
+  const int last = first + kRows;
+  const bool all = last <= rows.count && (rows.query(last - 1) < hidden || rows.query(first) >= hidden_end);
+  if (all && rows.even(copy.kAtOnce)) {
+    copy.even(rows.address(matrix, first + copy.row), rows.even_step(matrix, copy.kAtOnce));
+  } else {
+    copy.uneven([&](int r) { return rows.address(matrix, first + r); },
+                [&](int r) {
+                  const int q = rows.query(first + r);
+                  return (first + r < rows.count) & ((q < hidden) | (q >= hidden_end));
+                });
+  }
+}
 
 // What packed row r sees: nothing where there is no such row.
 RMT_DEVICE Row row_seen(const Problem& p, const Sample& sample, const PackedRows& rows, int r) {
@@ -67,6 +89,10 @@ RMT_DEVICE Row row_seen(const Problem& p, const Sample& sample, const PackedRows
 }
 RMT_HD bool sees_nothing(const Row& row) { return row.lo == row.hi && row.own < 0; }
 
+// Whether a row sees a key of its interval, which has no gap.
+RMT_HD bool sees_plainly(int lo, int hi, int key) {
+  return static_cast<uint32_t>(key - lo) < static_cast<uint32_t>(hi - lo);
+}
 // Whether a row sees a key. Without branches: asked of every score of a tile that needs a mask.
 RMT_HD bool sees(const Row& row, int key) {
   return ((key >= row.lo) & (key < row.hi) & ((key < row.gap_lo) | (key >= row.gap_hi))) | (key == row.own);
@@ -93,8 +119,8 @@ struct Place {
 // again for every tile of keys: kept in registers it would take those that the products need.
 template <int kRows, int kKeys>
 struct View {
-  static constexpr int kTable = 0, kTogether = 5 * kRows, kWalk = kTogether, kOpen = kWalk + 6, kFence = kOpen + 4,
-                       kPlace = kFence + 4, kBytes = 4 * (kPlace + 4);
+  static constexpr int kTable = 0, kTogether = 5 * kRows, kWalk = kTogether, kOpen = kWalk + 6, kPlain = kOpen + 4,
+                       kFence = kPlain + 1, kPlace = kFence + 4, kKeyAt = kPlace + 4, kBytes = 4 * (kKeyAt + 8);
 
   RMT_DEVICE static void put(Shared base, int at, int value) { device::store_shared(base + 4 * at, value); }
   RMT_DEVICE static int get(Shared base, int at) { return device::load_shared(base + 4 * at); }
@@ -126,9 +152,11 @@ struct View {
     const Fence fence = fence_of(p.layout, sample, max_int(span.hi, span.own_hi));
     if (device::thread() > 0) return;
     RMT_UNROLL for (int i = 0; i < 3; ++i) put(base, kWalk + 2 * i, walk.begin[i]), put(base, kWalk + 2 * i + 1, walk.end[i]);
-    const int rest[12] = {span.all_lo, span.all_hi, span.any_gap_lo, span.any_gap_hi, fence.limit, fence.stale,
+    const int rest[13] = {span.all_lo, span.all_hi,   span.any_gap_lo, span.any_gap_hi, span.plain(), fence.limit, fence.stale,
                           fence.hole_lo, fence.hole_hi, place.b, place.kv_head, place.first, place.ok};
-    RMT_UNROLL for (int i = 0; i < 12; ++i) put(base, kOpen + i, rest[i]);
+    RMT_UNROLL for (int i = 0; i < 13; ++i) put(base, kOpen + i, rest[i]);
+    put_keys(base, 0, Keys::of(p.cache_key, p.key, p.cache_rows, place.b, place.kv_head));
+    put_keys(base, 4, Keys::of(p.cache_value, p.value, p.cache_rows, place.b, place.kv_head));
   }
 
   RMT_DEVICE static Row load(Shared base, int r) {
@@ -150,11 +178,32 @@ struct View {
     span.any_gap_lo = get(base, kOpen + 2), span.any_gap_hi = get(base, kOpen + 3);
     return span.open(tile * kKeys, (tile + 1) * kKeys);
   }
+  // Whether no row has a gap or a key of its own.
+  RMT_DEVICE static bool plain(Shared base) { return get(base, kPlain) != 0; }
+  // Where keys lie, or values.
+  RMT_DEVICE static Keys keys(Shared base) { return get_keys(base, 0); }
+  RMT_DEVICE static Keys values(Shared base) { return get_keys(base, 4); }
   RMT_DEVICE static Place place(Shared base) {
     return {get(base, kPlace), get(base, kPlace + 1), get(base, kPlace + 2), get(base, kPlace + 3) != 0};
   }
   RMT_DEVICE static Fence fence(Shared base) {
     return {get(base, kFence), get(base, kFence + 1), get(base, kFence + 2), get(base, kFence + 3)};
+  }
+
+ private:
+  RMT_DEVICE static void put_keys(Shared base, int at, const Keys& keys) {
+    const uint64_t addresses[2] = {reinterpret_cast<uint64_t>(keys.cached), reinterpret_cast<uint64_t>(keys.main)};
+    RMT_UNROLL for (int i = 0; i < 2; ++i) {
+      put(base, kKeyAt + at + 2 * i, static_cast<int>(addresses[i]));
+      put(base, kKeyAt + at + 2 * i + 1, static_cast<int>(addresses[i] >> 32));
+    }
+  }
+  RMT_DEVICE static Keys get_keys(Shared base, int at) {
+    uint64_t addresses[2];
+    RMT_UNROLL for (int i = 0; i < 2; ++i)
+      addresses[i] = static_cast<uint32_t>(get(base, kKeyAt + at + 2 * i)) |
+                     static_cast<uint64_t>(static_cast<uint32_t>(get(base, kKeyAt + at + 2 * i + 1))) << 32;
+    return {reinterpret_cast<const char*>(addresses[0]), reinterpret_cast<const char*>(addresses[1])};
   }
 };
 

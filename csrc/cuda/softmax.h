@@ -20,8 +20,8 @@ RMT_DEVICE float finite(float highest) { return highest == -infinity() ? 0.0f : 
 
 // The largest and the sum over the four lanes that share a row of a product's result.
 RMT_DEVICE float row_most(float x) {
-  const float y = device::shuffle_xor(x, 1), z = x > y ? x : y, w = device::shuffle_xor(z, 2);
-  return z > w ? z : w;
+  x = device::larger(x, device::shuffle_xor(x, 1));
+  return device::larger(x, device::shuffle_xor(x, 2));
 }
 RMT_DEVICE float row_sum(float x) {
   x += device::shuffle_xor(x, 1);
@@ -41,7 +41,7 @@ struct Softmax {
     RMT_DEVICE float weight(float score) const { return device::exp2(device::fma(score, unit, -pivot)); }
   };
   RMT_DEVICE Step raise(float score, const Scale& scale) {
-    const float higher = score > highest ? score : highest;
+    const float higher = device::larger(score, highest);
     const float pivot = finite(higher), unit = unit_of(pivot, scale);
     Step step{unit, device::product(pivot, unit), 0.0f};
     step.fade = step.weight(highest);

@@ -53,35 +53,66 @@ struct Reader {
   RMT_DEVICE static Shared at(Shared base, int row, int chunk) { return Tile<kWidth>::chunk_at(base, row, chunk); }
 };
 
-// One head's keys or values: the first `cache` rows may lie in a tensor of their own.
-struct Keys {
-  const char *cached, *main;             // of key 0; main + n * stride is key n's address for n >= cache
-  int64_t cached_stride, stride;         // bytes
-  int cache;
+// Copies to shared memory, 16 bytes a thread: which column of chunks a thread copies, of which row first, and how many
+// rows further on it goes on.
+template <int kWidth, int kRows, int kThreads>
+struct Copy {
+  using T = Tile<kWidth>;
+  static constexpr int kAtOnce = kThreads / T::kChunks, kTimes = kRows / kAtOnce;
+  static_assert(kThreads % T::kChunks == 0 && kRows % kAtOnce == 0);
 
-  RMT_DEVICE Keys(const Matrix& cached_keys, const Matrix& keys, int cache_rows, int b, int g) : cache(cache_rows) {
-    cached = cached_keys.data + 2 * (b * cached_keys.batch + g * cached_keys.head);
-    cached_stride = 2 * cached_keys.row, stride = 2 * keys.row;
-    main = keys.data + 2 * (b * keys.batch + g * keys.head) - cache_rows * stride;
+  Shared base;
+  int chunk, row;
+  bool there;  // columns from `width` on become zeros
+
+  RMT_DEVICE Copy(Shared to, int width, int thread)
+      : base(to), chunk(thread % T::kChunks), row(thread / T::kChunks), there(chunk * 8 < width) {}
+
+  // Rows that lie evenly, all wanted: the thread's first one at `from`, others `step` bytes further on each.
+  RMT_DEVICE void even(const char* from, int64_t step) const {
+    from += chunk * 16;
+    RMT_UNROLL for (int i = 0; i < kTimes; ++i, from += step)
+      device::copy_async(T::chunk_at(base, row + i * kAtOnce, chunk), from, there);
   }
-  RMT_DEVICE const char* row(int n) const {
-    const bool old = n < cache;
-    return (old ? cached : main) + n * (old ? cached_stride : stride);
+  // Any rows: `address(row)` is where one lies or would lie. Where it is not `wanted(row)` nothing is read, and it
+  // becomes zeros.
+  template <class Address, class Wanted>
+  RMT_DEVICE void uneven(Address address, Wanted wanted) const {
+    RMT_UNROLL_BY(1) for (int i = 0; i < kTimes; ++i) {
+      const int r = row + i * kAtOnce;
+      device::copy_async(T::chunk_at(base, r, chunk), address(r) + chunk * 16, there & wanted(r));
+    }
   }
 };
 
-// Starts copies of rows [first, first + kRows) to a tile, 16 bytes a thread. `address(row)` is where a row lies or would
-// lie; nothing is read where it is not `wanted(row)`, nor in columns from `width` on: those become zeros.
-template <int kWidth, int kRows, int kThreads, class Address, class Wanted>
-RMT_DEVICE void copy_rows(Shared base, int first, int width, int thread, Address address, Wanted wanted) {
-  using T = Tile<kWidth>;
-  constexpr int kAtOnce = kThreads / T::kChunks;
-  static_assert(kThreads % T::kChunks == 0 && kRows % kAtOnce == 0);
-  const int chunk = thread % T::kChunks, start = thread / T::kChunks;
-  const bool there = chunk * 8 < width;
-  RMT_UNROLL for (int i = 0; i < kRows / kAtOnce; ++i) {
-    const int row = start + i * kAtOnce;
-    device::copy_async(T::chunk_at(base, row, chunk), address(first + row) + chunk * 16, there & wanted(first + row));
+// One head's keys or values: the first `cache` rows may lie in a tensor of their own. Addresses are of key 0, so that
+// key n lies at n strides from there.
+struct Keys {
+  const char *cached, *main;
+
+  RMT_DEVICE static Keys of(const Matrix& cached, const Matrix& matrix, int cache, int b, int g) {
+    return {cached.data + 2 * (b * cached.batch + g * cached.head),
+            matrix.data + 2 * (b * matrix.batch + g * matrix.head - cache * matrix.row)};
+  }
+  RMT_DEVICE const char* row(const Matrix& cached_keys, const Matrix& keys, int cache, int n) const {
+    const bool old = n < cache;
+    return (old ? cached : main) + n * (2 * (old ? cached_keys.row : keys.row));
+  }
+};
+
+// Starts copies of keys [first, first + kRows) to a tile; those that the fence keeps out become zeros.
+template <int kWidth, int kRows, int kThreads>
+RMT_DEVICE void copy_keys(Shared base, const Keys& from, const Matrix& cached, const Matrix& matrix, int cache,
+                          int width, const Fence& fence, int first, int thread) {
+  const Copy<kWidth, kRows, kThreads> copy(base, width, thread);
+  const int last = first + kRows, row = first + copy.row;
+  if (fence.all_alive(first, last) && (first >= cache || last <= cache)) {
+    const bool old = first < cache;
+    const int64_t stride = 2 * (old ? cached.row : matrix.row);
+    copy.even((old ? from.cached : from.main) + row * stride, copy.kAtOnce * stride);
+  } else {
+    copy.uneven([&](int r) { return from.row(cached, matrix, cache, first + r); },
+                [&](int r) { return fence.alive(first + r); });
   }
 }
 

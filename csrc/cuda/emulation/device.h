@@ -16,6 +16,7 @@
 #define RMT_KERNEL(threads, blocks) void
 #define RMT_CONSTANT const
 #define RMT_UNROLL
+#define RMT_UNROLL_BY(count)
 
 namespace rmt::device {
 
@@ -50,6 +51,7 @@ RMT_DEVICE float exp2(float x) {
   return y < std::numeric_limits<float>::min() ? 0.0f : y;
 }
 RMT_DEVICE float log(float x) { return std::log(x); }
+RMT_DEVICE float larger(float a, float b) { return std::fmax(a, b); }
 RMT_DEVICE float fma(float a, float b, float c) { return std::fma(a, b, c); }
 RMT_DEVICE float product(float a, float b) {
   volatile float rounded = a * b;  // or the compiler may make it part of an fma
@@ -104,6 +106,12 @@ RMT_DEVICE float from_bits(uint32_t x) { return std::bit_cast<float>(x); }
 RMT_DEVICE Shared shared_memory() { return 1024; }
 RMT_DEVICE void store_shared(Shared to, uint32_t word) { emulation::store_shared(to, word); }
 RMT_DEVICE uint32_t load_shared(Shared from) { return emulation::load_shared(from); }
+RMT_DEVICE void store_shared_pair(Shared to, uint32_t first, uint32_t second) {
+  store_shared(to, first), store_shared(to + 4, second);
+}
+RMT_DEVICE void load_shared_pair(uint32_t (&words)[2], Shared from) {
+  words[0] = load_shared(from), words[1] = load_shared(from + 4);
+}
 RMT_DEVICE void store_shared_float(Shared to, float value) { store_shared(to, bits(value)); }
 RMT_DEVICE float load_shared_float(Shared from) { return from_bits(load_shared(from)); }
 
