@@ -1,12 +1,14 @@
 # make bench: everything measured, with a report.   make test: everything checked.   Both work from a bare clone.
 # make gpu: both, on a GPU.   make gate: the Triton kernels compiled for GPUs that need not be there.
+# make cuda: the CUDA extension, which takes minutes, for sm_80 and sm_90a.   make cuda-all: every type and architecture.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-SOURCES := $(wildcard csrc/*.h csrc/*/*) CMakeLists.txt setup.py pyproject.toml requirements-dev.txt
+SOURCES := $(wildcard csrc/*.h csrc/*/*.* csrc/*/*/*.*) CMakeLists.txt setup.py pyproject.toml requirements-dev.txt
+BUILD_ENV := PATH="$(abspath $(BIN)):$$PATH" RMT_KERNELS_CPU=1 RMT_KERNELS_EMULATED=1
 
-.PHONY: setup bench gpu gate test test-slow lint clean
+.PHONY: setup cuda cuda-all bench gpu gate test test-slow lint clean
 
 setup: $(READY)
 
@@ -16,9 +18,13 @@ $(VENV)/.installed: requirements-dev.txt
 	@touch $@
 
 $(READY): $(VENV)/.installed $(SOURCES)
-	RMT_KERNELS_CPU=1 PATH="$(abspath $(BIN)):$$PATH" \
+	$(BUILD_ENV) RMT_KERNELS_CUDA=$(or $(RMT_KERNELS_CUDA),0) \
 	  $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
+
+cuda-all: export RMT_KERNELS_CUDA_ALL = 1
+cuda cuda-all: setup
+	$(BUILD_ENV) RMT_KERNELS_CUDA=1 $(BIN)/python setup.py build_ext --inplace
 
 bench: setup
 	$(BIN)/python -m benchmarks $(if $(FULL),--full) $(ARGS)
@@ -40,4 +46,4 @@ lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:
-	rm -rf build dist *.egg-info rmt_kernels/*.so $(VENV)
+	rm -rf build dist *.egg-info rmt_kernels/*.so rmt_kernels/_built.json $(VENV)

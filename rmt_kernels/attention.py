@@ -97,7 +97,8 @@ def segment_attention(
             generator).
         relative: reserved for distance-dependent scores.
         return_lse: also return the log-sum-exp of each row's scores.
-        backend: "auto", or one of "cpu", "cuda", "triton", "stock", "stock_split", "stock_dense", "stock_flex", "reference".
+        backend: "auto", or one of "cpu", "cuda", "triton", "stock", "stock_split", "stock_dense", "stock_flex",
+            "reference".
 
     Returns:
         out, (batch, heads, queries, head_dim), in the dtype of ``query``; with ``return_lse=True`` also lse, (batch,

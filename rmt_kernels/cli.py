@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import platform
 import subprocess
@@ -13,8 +14,9 @@ from pathlib import Path
 import torch
 
 import rmt_kernels
+from rmt_kernels import _build
 from rmt_kernels.attention import explain, segment_attention
-from rmt_kernels.backends import cpu
+from rmt_kernels.backends import cpu, triton
 from rmt_kernels.layout import SegmentLayout
 from rmt_kernels.reference import reference_attention
 
@@ -45,9 +47,39 @@ def _backends() -> list[tuple[str, str]]:
         compiled = f"usable, kernels for {_cpu.isa()}, built with torch {_cpu.built_with_torch()}"
     return [
         ("cpu", compiled),
+        ("cuda", _cuda()),
+        ("triton", _triton()),
         ("stock", "usable: stock PyTorch, without dropout and lse"),
         ("reference", "usable: dense and slow, every call"),
     ]
+
+
+def _triton() -> str:
+    if triton.why_missing:
+        return f"not usable: {triton.why_missing}"
+    return f"usable{_on_gpus()}, triton {importlib.metadata.version('triton')}"
+
+
+def _cuda() -> str:
+    """Whether the extension is there and loads, and for what it was built."""
+    why_not = _build.why_no_cuda()
+    build = _build.cuda()
+    built = "" if build.why_missing else f"built: {build.describe()}"
+    return f"not usable: {why_not}{built and f'; {built}'}" if why_not else f"usable{_on_gpus()}, {built}"
+
+
+def _on_gpus() -> str:
+    return "" if torch.cuda.is_available() else " on a CUDA GPU, and torch sees none here"
+
+
+def _gpus() -> list[tuple[str, str]]:
+    if not torch.cuda.is_available():
+        return [("gpu", "none that torch sees")]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        found.append((f"gpu {index}", f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"))
+    return found
 
 
 def _info() -> int:
@@ -56,6 +88,7 @@ def _info() -> int:
         ("python", platform.python_version()),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("processor", f"{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}"),
+        *_gpus(),
         *((f"backend {name}", state) for name, state in _backends()),
     ]
     for name, value in rows:

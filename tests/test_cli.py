@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
-from rmt_kernels import SegmentLayout, __version__, cli
-from rmt_kernels.backends import cpu
+from rmt_kernels import SegmentLayout, __version__, _build, cli
+from rmt_kernels.backends import cpu, triton
 
 
 def test_info_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     said = capsys.readouterr().out
     assert __version__ in said
-    assert "backend cpu" in said
+    for name in ("cpu", "cuda", "triton", "stock", "reference"):
+        assert f"\nbackend {name} " in said
 
 
 def test_info_says_why_the_compiled_module_is_missing(
@@ -27,6 +32,81 @@ def test_info_says_why_the_compiled_module_is_missing(
     monkeypatch.setattr(cpu, "why_missing", "it was never built")
     assert cli.main(["info"]) == 0
     assert "not usable: it was never built" in capsys.readouterr().out
+
+
+_MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+_FACTS = {
+    "module": _MODULE,
+    "architectures": ["80", "90a"],
+    "elements": ["BF16", "F16"],
+    "widths": [64, 128],
+    "compiler": "nvcc 13.0.88",
+}
+_BUILT = "built: BF16 and F16 at head_dim 64, 128 for sm_80, sm_90a, by nvcc 13.0.88"
+
+
+@pytest.mark.parametrize(
+    ("record", "file", "loads", "words"),
+    [
+        (None, False, True, "not usable: the CUDA extension was not built: nothing was compiled here; build it with: "),
+        (
+            {"why_missing": "no nvcc: it is nowhere"},
+            False,
+            True,
+            "not usable: the CUDA extension was not built: no nvcc: it is nowhere; build it with: RMT_",
+        ),
+        (_FACTS, False, True, f"not usable: the CUDA extension was not built: {_MODULE}, of which "),
+        (
+            {**_FACTS, "module": "_cuda.cpython-27.so"},
+            True,
+            True,
+            "not usable: the CUDA extension was not built: there is only _cuda.cpython-27.so, which is",
+        ),
+        (_FACTS, True, False, "not usable: the CUDA extension does not load: "),
+        (_FACTS, True, True, f"usable on a CUDA GPU, and torch sees none here, {_BUILT}"),
+    ],
+)
+def test_info_tells_of_the_cuda_extension(
+    record: dict[str, object] | None,
+    file: bool,
+    loads: bool,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(_build, "_RECORD", tmp_path / "_built.json")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "rmt_kernels._cuda", ModuleType("_cuda") if loads else None)
+    if record is not None:
+        (tmp_path / "_built.json").write_text(json.dumps({"cuda": record}))
+    if file:
+        (tmp_path / str((record or {})["module"])).touch()
+    assert cli.main(["info"]) == 0
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("backend cuda")]
+    assert said.startswith(f"backend cuda       {words}")
+    assert (_BUILT in said) == (record == _FACTS and file)
+
+
+def test_info_tells_of_triton_and_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(triton, "why_missing", "it was never installed")
+    assert cli.main(["info"]) == 0
+    said = capsys.readouterr().out
+    assert "gpu                none that torch sees\n" in said
+    assert "backend triton     not usable: it was never installed\n" in said
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Chip {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8 + index, 0))
+    monkeypatch.setattr(triton, "why_missing", "")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"{name}-3.6")
+    assert cli.main(["info"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "gpu 0              Chip 0, compute capability 8.0\ngpu 1              Chip 1, compute capability 9.0\n" in said
+    )
+    assert "backend triton     usable, triton triton-3.6\n" in said
 
 
 def test_demo_draws_and_checks_every_preset(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,8 +39,8 @@ def planned(
     written: Sequence[Tensor],
     options: tuple[Any, ...],
 ) -> tuple[Any, Sequence[Tensor], list[tuple[Tensor, Tensor]]]:
-    """What ``make(query, key, options, strides)`` gives, the tensors to launch it with, and pairs of results and what to
-    copy them from.
+    """What ``make(query, key, options, strides)`` gives, the tensors to launch it with, and pairs of results and what
+    to copy them from.
 
     ``read`` begins with query and key; ``options`` are whatever else the launches follow from.
     """

@@ -5,8 +5,6 @@ Launches follow from shapes, strides and options: ``plans`` keeps them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 

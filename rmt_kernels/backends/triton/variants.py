@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmt_kernels.backends.triton.configs import BACKWARD, CALLS, FORWARD, KINDS, LENGTHS, WIDTHS, Row, Tile
 from rmt_kernels.backends.plans import UNIT
+from rmt_kernels.backends.triton.configs import BACKWARD, CALLS, FORWARD, KINDS, LENGTHS, WIDTHS, Row, Tile
 from rmt_kernels.backends.triton.launch import Launch, Shape, backward_launches, forward_launches
 from rmt_kernels.backends.triton.resources import Variant, specialize
 from rmt_kernels.layout import SegmentLayout
