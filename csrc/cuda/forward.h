@@ -112,9 +112,10 @@ struct ForwardBlock {
       }
   }
 
-  // Scores become weights; what was summed before is brought to the new highest score.
+  // Scores become weights; what was summed before is brought to the new highest scores, where a row of the warp has one.
   RMT_DEVICE void weigh() {
-    RMT_UNROLL for (int m = 0; m < C::kTiles; ++m)
+    RMT_UNROLL for (int m = 0; m < C::kTiles; ++m) {
+      float fade[2];
       RMT_UNROLL for (int half = 0; half < 2; ++half) {
         Softmax& row = softmax[m][half];
         float most = row.highest;
@@ -127,9 +128,12 @@ struct ForwardBlock {
             score = step.weight(score);
             row.total += score;
           }
-        RMT_UNROLL for (int n = 0; n < C::kWidth / 8; ++n)
-          RMT_UNROLL for (int i = 0; i < 2; ++i) acc[m][n][2 * half + i] *= step.fade;
+        fade[half] = step.fade;
       }
+      if (device::ballot(fade[0] != 1.0f || fade[1] != 1.0f) == 0) continue;
+      RMT_UNROLL for (int n = 0; n < C::kWidth / 8; ++n)
+        RMT_UNROLL for (int i = 0; i < 4; ++i) acc[m][n][i] *= fade[i / 2];
+    }
   }
 
   RMT_DEVICE void drop(int first_key) {

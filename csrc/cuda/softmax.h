@@ -44,7 +44,8 @@ struct Softmax {
     const float higher = device::larger(score, highest);
     const float pivot = finite(higher), unit = unit_of(pivot, scale);
     Step step{unit, device::product(pivot, unit), 0.0f};
-    step.fade = step.weight(highest);
+    // Exactly 1 where the highest score stays: nothing needs to be multiplied then.
+    step.fade = device::exp2(device::product(highest, unit) - step.pivot);
     highest = higher, total *= step.fade;
     return step;
   }
