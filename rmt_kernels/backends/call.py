@@ -57,9 +57,8 @@ def check_values(call: Call) -> None:
 def run_kernels(call: Call, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)`` by the kernels that are registered under a name."""
     cache_key, cache_value = call.cache or (None, None)
-    found: tuple[torch.Tensor, torch.Tensor] = ops.forward(
+    return ops.attend(
         call.query, call.key, call.value, cache_key, cache_value, call.token_lengths, call.token_starts,
         call.cache_starts, call.query_start, call.seed, None, None, None, call.layout.ints, call.scale, call.dropout_p,
         "", name,
     )  # fmt: skip
-    return found
