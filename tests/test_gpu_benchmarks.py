@@ -34,18 +34,19 @@ from benchmarks.gpu import (
 from benchmarks.gpu.cases import FULL, Plan, decode_case, filling, short
 from benchmarks.gpu.contestants import Entrant, RefusalError, closed_form, entrants
 from benchmarks.gpu.device import CudaDevice, HostDevice
-from benchmarks.gpu.shard import read_log
+from benchmarks.gpu.shard import cut_off, read_log
 from benchmarks.gpu.stage import Context, Item, Payload, Stage
 from benchmarks.gpu.stages import STAGES
 from benchmarks.gpu.store import Store, complete, pending, read_json, write_json
 from benchmarks.gpu.timing import Timed, call_times, kernel_times
+from benchmarks.measure import Check
 from rmt_kernels import SegmentLayout, reference_attention, segment_attention
-from rmt_kernels.backends import cpu
+from rmt_kernels.backends import cpu, cuda
 
 TINY = Plan(
     backend="stock", rows=128, width=64, tokens=(32,), memory=(4,), head_dims=(32,), short_tokens=(32,), short_heads=2,
-    decode_tokens=48, decode_batch=2, decode_heads=2, decode_group=2, copy_bytes=2**16, product=64, long_tokens=64,
-    repeats=3, rounds=3, seconds=0.05,
+    short_wide_tokens=(32,), decode_tokens=48, decode_batch=2, decode_heads=2, decode_group=2, copy_bytes=2**16,
+    product=64, long_tokens=64, repeats=3, rounds=3, seconds=0.05,
 )  # fmt: skip
 SMALL = Case("small", SegmentLayout.rmt_decoder(40, 5), 2, 4, 2, 16, "a test")
 STOCK = ("split_flash", "dense", "naive", "plain")
@@ -244,8 +245,11 @@ def test_cases_of_the_plan_are_those_of_the_targets() -> None:
     }
     assert {c.batch * c.layout.tokens for c in cases} == {16384}
     assert {c.heads * c.head_dim for c in cases} == {2048}
-    assert {(c.batch, c.heads, c.head_dim) for c in short(FULL)} == {(1, 16, 64)}
-    assert 512 in {c.layout.tokens for c in short(FULL)}
+    assert {(c.batch, c.heads) for c in short(FULL)} == {(1, 16)}
+    for head_dim, longest in ((64, 2048), (128, 512)):
+        lengths = [c.layout.tokens for c in short(FULL) if c.head_dim == head_dim]
+        assert {128, 256, 512} <= set(lengths)
+        assert max(lengths) == longest
     step = decode_case(FULL, 64)
     assert (step.batch, step.heads, step.kv_heads, step.layout.num_queries) == (16, 32, 8, 1)
     assert step.layout.visible() == 8192 + 16
@@ -298,14 +302,48 @@ def test_what_sdpa_refuses_is_a_refusal_and_other_errors_are_not() -> None:
 def test_decoding_contestants_compute_the_step() -> None:
     case = decode_case(TINY, 16)
     start = torch.full((case.batch,), case.layout.tokens - 1, dtype=torch.int32)
-    every = contestants.decoders("reference", start)
+    every = contestants.decoders("reference", start, cuda="cpu" if not cpu.why_missing else "reference")
     records = compare.compare(
-        HostDevice(), case, {name: every[name] for name in ("ours", "dense", "sliced_flash")}, dtype=torch.float32,
-        rounds=2, budget=0.1, calls=0,
+        HostDevice(), case, {name: every[name] for name in ("ours", "cuda", "dense", "sliced_flash")},
+        dtype=torch.float32, rounds=2, budget=0.1, calls=0,
     )  # fmt: skip
     assert {r["contestant"]: r["kind"] for r in records} == {
-        "ours": "right", "dense": "right", "sliced_flash": "right", "again": "right"
+        "ours": "right", "cuda": "right", "dense": "right", "sliced_flash": "right", "again": "right"
     }  # fmt: skip
+
+
+def test_both_backends_of_ours_may_not_refuse_and_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = entrants("triton", 2**40)
+    assert [name for name, entrant in every.items() if entrant.own] == ["ours", "cuda"]
+    assert (every["ours"].label, every["cuda"].label) == ("rmt_kernels, Triton", "rmt_kernels, CUDA")
+    assert [e.name for e in contestants.decoders("triton", torch.zeros(1)).values() if e.own] == ["ours", "cuda"]
+    monkeypatch.setattr(cuda, "why_missing", "the extension was not built")
+    (row,) = _compare({"cuda": every["cuda"]})
+    assert (row["kind"], row["note"]) == ("failed", "the extension was not built")
+
+
+def test_both_backends_of_ours_are_held_to_the_strict_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[str] = []
+
+    def check(contestant: Entrant, *args: Any) -> Check:
+        judged.append(contestant.name)
+        return Check(True)
+
+    monkeypatch.setattr(compare, "check", check)
+    every = {name: replace(_entrant(name, _exact), own=name in ("ours", "cuda")) for name in ("ours", "cuda", "dense")}
+    rows = _by_name(_compare(every), "forward")
+    assert judged == ["ours", "ours", "dense"]
+    assert set(rows) == {"ours", "cuda", "dense", "again"}
+
+
+def test_it_is_told_whose_first_calls_are_made() -> None:
+    told: list[tuple[str, float | None]] = []
+    every = {"cuda": replace(_entrant("cuda", _exact), own=True), "fine": _entrant("fine", _exact)}
+    _compare(every, at=lambda name, seconds: told.append((name, seconds)), excluded={"fine": "it hung"})
+    assert told == [("cuda", compare._OWN_SECONDS), ("", None)]
+    told.clear()
+    _compare(every, at=lambda name, seconds: told.append((name, seconds)))
+    assert told == [("cuda", compare._OWN_SECONDS), ("fine", None), ("", None)]
 
 
 # -- the fused kernel --------------------------------------------------------------------------------------------------
@@ -484,10 +522,10 @@ def _context(work: Path, plan: Plan = TINY) -> Context:
 
 @pytest.mark.skipif(bool(cpu.why_missing), reason="the compiled CPU module is missing")
 def test_checks_pass_on_a_backend_that_keeps_them(tmp_path: Path) -> None:
-    plan = replace(TINY, backend="cpu")
-    for item in [*checks.determinism_items(), *checks.memory_items()[1:]]:
+    for item in [*checks.determinism_items("cpu"), *checks.memory_items("cpu")[1:]]:
         if "M = 128" not in item.key:
-            assert item.run(_context(tmp_path, plan))["failures"] == [], item.key
+            found = item.run(_context(tmp_path))
+            assert (found["failures"], found["facts"]["backend"]) == ([], "cpu"), item.key
 
 
 def _unsteady(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,14 +541,14 @@ def _unsteady(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_checks_find_results_that_differ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _unsteady(monkeypatch)
-    for item in checks.determinism_items():
+    for item in checks.determinism_items("stock"):
         if item.key in ("repeats: decoding", "alone: decoding"):
             (said,) = item.run(_context(tmp_path))["failures"]
             assert "differ" in said
 
 
 def test_too_much_memory_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    peak = checks.memory_items()[0]
+    peak = checks.memory_items("stock")[0]
     (said,) = peak.run(_context(tmp_path))["failures"]
     assert "of the dense scores" in said
     monkeypatch.setattr(checks, "MOST_MEMORY", 1e9)
@@ -522,14 +560,14 @@ def test_a_compiled_call_with_other_bits_is_found(monkeypatch: pytest.MonkeyPatc
         return lambda *args: function(*args) * 1.5
 
     monkeypatch.setattr(torch, "compile", compile_wrongly)
-    (item,) = [item for item in checks.memory_items() if item.key == "torch.compile"]
+    (item,) = [item for item in checks.memory_items("stock") if item.key == "torch.compile"]
     (said,) = item.run(_context(tmp_path))["failures"]
     assert "differ from the eager one" in said
 
 
 def test_decoding_is_measured_beside_a_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     every = contestants.decoders("reference", torch.full((2,), TINY.decode_tokens - 1, dtype=torch.int32))
-    monkeypatch.setattr("benchmarks.gpu.stages.decoders", lambda backend, start: {"ours": every["ours"]})
+    monkeypatch.setattr("benchmarks.gpu.stages.decoders", lambda backend, start, cuda: {"ours": every["ours"]})
     (item,) = STAGES["decode"].items(TINY)
     rows = _by_name(item.run(_context(tmp_path))["records"], "forward")
     ours, copied = rows["ours"], rows["copy"]
@@ -607,6 +645,38 @@ def test_a_lost_device_ends_the_process_and_the_next_leaves_the_contestant_out(t
     assert "CUDA error" in state["items"]["a"]["facts"]["excluded"]["bad"]
 
 
+def test_a_contestant_that_spoils_two_items_is_left_out_of_the_others(tmp_path: Path) -> None:
+    def run(context: Context) -> Payload:
+        if "bad" not in context.excluded:
+            raise compare.DeviceLostError("bad", RuntimeError("CUDA error"))
+        return {"facts": {"excluded": context.excluded}}
+
+    stage = _stage(a=run, b=run, c=run)
+    statuses = [_child(tmp_path, stage)[0] for _ in range(3)]
+    assert statuses == [child.DEVICE_LOST, child.DEVICE_LOST, 0]
+    _, state = _child(tmp_path, stage)
+    reasons = [item["facts"]["excluded"]["bad"] for item in state["items"].values()]
+    assert [reason.startswith("left out after 2 items: ") for reason in reasons] == [False, False, True]
+
+
+def test_the_child_says_whose_code_it_is_at(tmp_path: Path) -> None:
+    file = child.running_file(Store(tmp_path), "s")
+    seen: list[Any] = []
+
+    def run(context: Context) -> Payload:
+        seen.append(read_json(file))
+        context.at("cuda", 60.0)
+        seen.append(read_json(file))
+        context.at("", None)
+        seen.append(read_json(file))
+        return {}
+
+    _child(tmp_path, _stage(a=run))
+    nobody = {"key": "a", "limit": 120.0, "contestant": "", "seconds": None}
+    assert seen == [nobody, nobody | {"contestant": "cuda", "seconds": 60.0}, nobody]
+    assert not file.exists()
+
+
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
@@ -619,7 +689,11 @@ for key in pending(state):
     entry = state["items"].setdefault(key, {"attempts": 0})
     entry["attempts"] += 1
     store.save(state)
-    write_json(store.folder / "stages" / "s.running", {"key": key, "limit": 0.3})
+    contestant = "bad" if key.startswith("bad") and "bad" not in entry.get("excluded", {}) else ""
+    limits = {"limit": 60.0, "contestant": contestant, "seconds": 0.3} if contestant else {"limit": 0.3}
+    write_json(store.folder / "stages" / "s.running", {"key": key, **limits})
+    if contestant:
+        time.sleep(60) if key == "bad hangs" else os._exit(9)
     if key == "dies":
         print("last words", file=sys.stderr, flush=True)
         os._exit(9)
@@ -654,6 +728,19 @@ def test_death_and_hanging_are_blamed_on_the_item_and_the_rest_is_run(
     assert "last words" in state["items"]["dies"]["trace"]
     assert "time limit" in state["items"]["hangs"]["error"]
     assert state["complete"] is True
+
+
+def test_hanging_and_death_are_blamed_on_the_contestant_where_it_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The item is tried again without it."""
+    state = _supervised(tmp_path, "a,bad hangs,bad dies,b", 60.0, monkeypatch, grace=0.5)
+    assert {item["status"] for item in state["items"].values()} == {"done"}
+    excluded = {key: item.get("excluded") for key, item in state["items"].items()}
+    assert excluded == {
+        "a": None, "b": None, "bad hangs": {"bad": "it ran past its time limit and was ended"},
+        "bad dies": {"bad": "its process died with status 9"},
+    }  # fmt: skip
 
 
 def test_an_item_cut_off_by_the_stage_is_run_again_on_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -739,6 +826,58 @@ def test_the_whole_command_on_a_small_plan(
     assert "done before" in capfd.readouterr().out
 
 
+def test_stages_run_in_the_order_given_and_each_has_its_share_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.environment._commit", lambda: "0123456789")
+    begun: list[tuple[str, float]] = []
+
+    def run_stage(store: Store, stage: Stage, seconds: float, command: Any) -> dict[str, Any]:
+        begun.append((stage.name, seconds))
+        assert store.load(stage.name)["commits"] == ["0123456789"]
+        state = store.load(stage.name) | {"planned": ["a"], "items": {"a": {"status": "done"}}, "complete": True}
+        store.save(state)
+        return state
+
+    monkeypatch.setattr(program, "run_stage", run_stage)
+    arguments = ["--out", str(tmp_path), "--each", "100", "--stages", "decode", "sanitizer", "environment", "decode"]
+    assert program.main(arguments, gpu=True) == 0
+    assert begun == [("decode", 100.0), ("sanitizer", 100.0), ("environment", 100.0)]
+    begun.clear()
+    assert program.main(["--out", str(tmp_path), "--stages", "decode", "--seconds", "90"], gpu=True) == 0
+    ((_, seconds),) = begun
+    assert 60.0 < seconds < 70.0
+
+
+@pytest.mark.parametrize(("proven", "wanted"), [(True, "cuda"), (False, "stock")])
+def test_auto_must_choose_the_cuda_backend_where_it_is_proven(
+    proven: bool, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = tmp_path / "proven.json"
+    write_json(entries, {"sm_90": {}} if proven else {"sm_80": {}})
+    monkeypatch.setattr("benchmarks.gpu.about.PROVEN", entries)
+    monkeypatch.setattr(cuda, "why_missing", "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+    class Gpu(HostDevice):
+        """Its tensors are the CPU's: what is asked is only what should be chosen."""
+
+        torch = torch.device("cuda")
+
+        def __init__(self) -> None:
+            pass
+
+    real = torch.randn
+
+    def randn(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return real(*shape, dtype=dtype)
+
+    monkeypatch.setattr(torch, "randn", randn)
+    (item,) = [item for item in STAGES["environment"].items(TINY) if item.key == "dispatch"]
+    (said,) = item.run(replace(_context(tmp_path), device=Gpu()))["failures"]
+    assert said.endswith(f"not {wanted!r}")
+
+
 def _refuse_to_start(stage: Stage, out: Path, seconds: float) -> list[str]:
     raise AssertionError(f"{stage.name} was started again")
 
@@ -813,6 +952,18 @@ def test_the_suite_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     assert second["failures"] == []
 
 
+def test_a_test_that_hangs_ends_its_process_and_the_others_are_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "_TEST_SECONDS", 0.5)
+    text = "import time\ndef test_a():\n    pass\ndef test_hangs():\n    time.sleep(60)\ndef test_b():\n    pass\n"
+    found = _tests(tmp_path, text, "test_generated", shards=1)
+    assert found["facts"]["counts"] == {"passed": 2, "crashed": 1}
+    (failed,) = found["facts"]["failed"]
+    assert failed["id"].endswith("test_hangs")
+    assert failed["message"] == "it ran past 0.5 s, and its process was ended"
+
+
 def test_the_suite_says_when_nothing_was_tested(tmp_path: Path) -> None:
     skipped = "import pytest\n@pytest.mark.skip(reason='no device')\ndef test_a():\n    pass\n"
     assert _tests(tmp_path, skipped, "test_a", shards=1)["failures"] == ["no test ran: all were skipped"]
@@ -822,6 +973,17 @@ def test_a_file_that_cannot_be_collected_is_a_failure(tmp_path: Path) -> None:
     found = _tests(tmp_path, "import no_such_module\n", "test_a", shards=1)
     assert found["failures"]
     assert "no_such_module" in str(found["facts"]["failed"])
+
+
+def test_what_was_cut_off_is_to_be_run_again_and_what_hung_is_not(tmp_path: Path) -> None:
+    log = tmp_path / "a.jsonl"
+    log.write_text('{"id": "a"}\n{"id": "a", "outcome": "crashed", "message": "x"}\n{"id": "b"}\n{"id": "b", "outc')
+    assert set(read_log([log])) == {"a", "b"}
+    cut_off(log)
+    assert set(read_log([log])) == {"a"}
+    log.write_text('{"id": "a"}\n{"id": "a", "outcome": "passed"}\n{"id": "b"}\n')
+    cut_off(log)
+    assert set(read_log([log])) == {"a"}
 
 
 def test_half_a_line_of_a_log_is_passed_over(tmp_path: Path) -> None:
@@ -835,7 +997,7 @@ def test_half_a_line_of_a_log_is_passed_over(tmp_path: Path) -> None:
 def test_the_suites_files_exist_and_leave_out_what_is_a_stage_of_its_own() -> None:
     files = suite.test_files()
     assert {"tests/test_backends.py", "tests/test_determinism.py"} <= set(files)
-    assert not [file for file in files if "gate" in file or "benchmarks" in file]
+    assert not [file for file in files if "gate" in file or "benchmarks" in file or "build" in file]
 
 
 # -- programs ----------------------------------------------------------------------------------------------------------
@@ -870,21 +1032,12 @@ def test_a_missing_module_is_a_failure_and_a_present_one_gives_its_result(
     assert (found["facts"]["status"], found["facts"]["result"], found["failures"]) == (0, [1, 2], [])
 
 
-def test_the_cuda_module_is_said_not_to_be_present(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "ROOT", tmp_path)
-    context = Context(None, TINY, tmp_path)
-    assert programs._cuda_module(context) == {"facts": {"cuda_module": "not present"}, "failures": []}
-    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
-    (said,) = programs._cuda_module(context)["failures"]
-    assert "made no module" in said
-
-
 # -- targets and the report --------------------------------------------------------------------------------------------
 
 # Kernel time of each contestant over that of ours, in a made-up result.
 FACTORS = {
     "flex": 1.6, "split_flash": 1.4, "split_cudnn": 1.1, "dense": 5.0, "dense_cudnn": 6.0, "naive": 12.0,
-    "plain_flash": 1.2, "plain_cudnn": 0.8, "plain": 1.2, "again": 1.01, "sliced_flash": 1.3,
+    "plain_flash": 1.2, "plain_cudnn": 0.8, "plain": 1.2, "again": 1.01, "sliced_flash": 1.3, "cuda": 1.1,
 }  # fmt: skip
 
 
@@ -924,6 +1077,7 @@ def made_up(factors: dict[str, float] = FACTORS) -> dict[str, Any]:
                 time = flop / rate / 1e12
                 records.append(_row(case, which, "ours", time, rate, peak_bytes=2**27))
                 for name in (
+                    "cuda",
                     "flex",
                     "split_flash",
                     "split_cudnn",
@@ -945,12 +1099,18 @@ def made_up(factors: dict[str, float] = FACTORS) -> dict[str, Any]:
     for which in ("forward", "backward"):
         for case in short(FULL):
             time = 5e-6 + case.layout.tokens * (1e-8 if which == "forward" else 3e-8)
-            for name in ("ours", "flex", "split_flash", "split_cudnn", "dense", "plain_flash", "plain_cudnn", "plain"):
+            for name in (
+                "ours", "cuda", "flex", "split_flash", "split_cudnn", "dense", "plain_flash", "plain_cudnn", "plain"
+            ):  # fmt: skip
                 records.append(_row(case, which, name, time * factors.get(name, 1.0)))
     stages["short"] = _state("short", records)
     stages["decode"] = _state(
         "decode",
-        [_row(decode_case(FULL, d), "forward", "ours", 1e-4, copy_share=0.7, bytes_per_second=3e12) for d in (64, 128)],
+        [
+            _row(decode_case(FULL, d), "forward", name, 1e-4, copy_share=share, bytes_per_second=3e12)
+            for d in (64, 128)
+            for name, share in (("ours", 0.65), ("cuda", 0.75))
+        ],
     )
     stages["suite"] = _state(
         "suite",
@@ -997,7 +1157,7 @@ def test_each_target_is_missed_where_the_opponent_is_faster() -> None:
     factors = FACTORS | {"flex": 1.25, "dense": 2.9, "split_flash": 0.99, "split_cudnn": 0.99, "plain_cudnn": 0.7}
     found = _verdicts(made_up(factors))
     for what, verdict in found.items():
-        if "against" in what and "T > 1k" not in what:
+        if "against" in what and "T > 1k" not in what and not what.startswith("CUDA"):
             assert verdict == "missed", what
     assert found["forward against FlexAttention, T > 1k"] == "reached"
     assert found["batch 1, T = 512: kernel time of the fastest plain causal SDPA's"] == "missed"
@@ -1010,11 +1170,58 @@ def test_call_overhead_compares_with_sdpas_default_call() -> None:
             record["calls"]["enqueue"]["median"] = 1e-5
         elif record["contestant"] == "ours":
             record["calls"]["enqueue"]["median"] = 1.6e-5
-    (goal,) = [goal for goal in targets.goals(results) if "call overhead" in goal.what]
+    (goal,) = [goal for goal in targets.goals(results) if goal.what.startswith("batch 1, T = 512: call overhead")]
     assert goal.worst is not None
     assert goal.worst[0] == "T=512 M=16 D=64"
     assert goal.worst[1] == pytest.approx(1.6)
     assert goal.verdict == "missed"
+
+
+def test_targets_of_the_cuda_backend() -> None:
+    found = _verdicts(made_up())  # a tenth slower than the Triton backend
+    assert found["CUDA: forward, head_dim 128, T = 1024"] == "reached"  # 300 / 1.1 of 260
+    assert found["CUDA: forward, head_dim 128, T = 4096"] == "reached"  # 380 / 1.1 of 319
+    assert found["CUDA: backward, head_dim 128, T = 4096"] == "missed"  # 285 / 1.1 of 266
+    assert found["CUDA: forward against Triton, batch 1, T ≤ 512"] == "missed"
+    assert found["CUDA: decoding: bandwidth as a share of the copy's"] == "reached"
+    faster = _verdicts(made_up(FACTORS | {"cuda": 0.95}))
+    assert faster["CUDA: forward, head_dim 128, T = 2048"] == "reached"
+    assert faster["CUDA: backward, head_dim 128, T = 4096"] == "reached"
+    for which in ("forward", "backward"):
+        assert faster[f"CUDA: {which} against Triton, batch 1, T ≤ 512"] == "reached"
+
+
+def test_the_cuda_backends_short_targets_are_of_both_widths_and_need_all_their_cases() -> None:
+    results = made_up(FACTORS | {"cuda": 0.95})
+    every = results["stages"]["short"]["items"]["all"]["records"]
+    for record in every:
+        wide = record["sizes"]["head_dim"] == 128
+        if record["contestant"] == "cuda" and wide and record["pass"] == "backward":
+            record["kernel"] = record["kernel"] | {"median": 1.0}
+        record["calls"]["enqueue"]["median"] = {"cuda": 9e-6, "plain": 1e-5}.get(record["contestant"], 1.0)
+    found = _verdicts(results)
+    overhead = "CUDA: call overhead of SDPA's (host time of a call), batch 1, T ≤ 512"
+    assert found["CUDA: forward against Triton, batch 1, T ≤ 512"] == "reached"
+    assert found["CUDA: backward against Triton, batch 1, T ≤ 512"] == "missed"
+    assert found[overhead] == "partly measured"  # nothing of forward + backward
+    both = [record | {"pass": "forward+backward"} for record in every if record["pass"] == "forward"]
+    every.extend(both)
+    assert _verdicts(results)[overhead] == "reached"
+    both[1]["calls"] = {"enqueue": {"median": 1.1e-5}}
+    assert _verdicts(results)[overhead] == "missed"
+    results["stages"]["short"]["items"]["all"]["records"] = [r for r in every if r["sizes"]["tokens"] != 256]
+    assert _verdicts(results)["CUDA: forward against Triton, batch 1, T ≤ 512"] == "partly measured"
+
+
+def test_targets_stand_beside_what_was_measured() -> None:
+    table = tables.target_table(made_up())
+    rows = {row[0]: row for row in table.rows}
+    assert table.header == ["what", "wanted", "measured, worst case", "of wanted", "reached by", "verdict"]
+    reached = rows["CUDA: decoding: bandwidth as a share of the copy's"]
+    assert reached[1:] == ["≥ 70 %", "75 % at D=128", "1.07x", "2 of 2", "reached"]
+    nothing = {row[0]: row for row in tables.target_table({"stages": {}}).rows}
+    unmeasured = nothing["CUDA: forward, head_dim 128, T = 1024"]
+    assert unmeasured[1:] == ["≥ 260 TFLOP/s", "-", "-", "0 of 0 (2 asked for)", "not measured"]
 
 
 def test_what_was_not_measured_is_not_reached() -> None:
@@ -1050,11 +1257,13 @@ def test_report_of_a_result_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "href=" not in page
     for text in (page, markdown):
         assert "cuDNN has no such kernel" in text
+        assert "CUDA backend, backward alone: times faster" in text
+        assert "against Triton" in text
         assert "assert 1 == 2" in text
         assert "FAILED suite, all: 1 of 201 tests failed" in text
     printed = capsys.readouterr().out
     assert "forward against FlexAttention, T ≤ 1k" in printed
-    assert len(printed) < 12000
+    assert len(printed) < 16000
     assert all(f"({f.name})" in markdown for f in out.glob("*.png"))
 
 

@@ -11,7 +11,9 @@ import torch
 
 from benchmarks.environment import environment
 from benchmarks.gpu.device import Device
+from benchmarks.gpu.prove import PROVEN
 from benchmarks.gpu.stage import Context, Item, Payload
+from benchmarks.gpu.store import read_json
 from benchmarks.gpu.timing import Timed, kernel_times
 
 __all__ = ["about", "copy", "environment_items"]
@@ -90,15 +92,19 @@ def _ceilings(context: Context) -> Payload:
 
 
 def _dispatch(context: Context) -> Payload:
-    """backend="auto" must choose the backend that is measured."""
+    """backend="auto" must choose the CUDA backend where it is there and proven, and else the other that is measured."""
     from rmt_kernels import SegmentLayout, explain
+    from rmt_kernels.backends import cuda
 
-    device, layout = context.gpu(), SegmentLayout.rmt_decoder(64, 4)
+    device, plan, layout = context.gpu(), context.plan, SegmentLayout.rmt_decoder(64, 4)
     query, key, value = (torch.randn(1, 2, 72, 64, device=device.torch, dtype=torch.bfloat16) for _ in range(3))
     chosen = explain(query, key, value, layout)
-    wrong = chosen.backend != context.plan.backend
-    failures = [f"backend='auto' chooses {chosen.backend!r}, not {context.plan.backend!r}"] if wrong else []
-    return {"facts": {"auto": chosen.backend, "refused": chosen.refused}, "failures": failures}
+    proven = device.torch.type == "cuda" and "sm_{}{}".format(*torch.cuda.get_device_capability()) in read_json(PROVEN)
+    built = not cuda.why_missing
+    wanted = plan.cuda if built and proven else plan.backend
+    failures = [f"backend='auto' chooses {chosen.backend!r}, not {wanted!r}"] if chosen.backend != wanted else []
+    facts = {"auto": chosen.backend, "refused": chosen.refused, "built": built, "proven": proven}
+    return {"facts": facts, "failures": failures}
 
 
 def environment_items() -> list[Item]:

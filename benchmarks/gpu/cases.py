@@ -12,9 +12,13 @@ __all__ = ["FULL", "Plan", "decode_case", "filling", "short"]
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of everything that is measured. ``backend`` is the one of ours that is measured."""
+    """Sizes of everything that is measured.
+
+    Two backends of ours are: ``backend``, as contestant "ours", and ``cuda``, as contestant "cuda".
+    """
 
     backend: str = "triton"
+    cuda: str = "cuda"
     # Batch x tokens and heads x head_dim are constant, 16,384 tokens of width 2,048, as in the published comparisons of
     # attention kernels: every length has the same amount of linear work around it, and even 512 tokens at head_dim 128
     # make 2,560 tiles of 128 query rows, about 20 for each multiprocessor.
@@ -24,6 +28,7 @@ class Plan:
     memory: tuple[int, ...] = (16, 128)
     head_dims: tuple[int, ...] = (128, 64)
     short_tokens: tuple[int, ...] = (512, 1024, 128, 256, 2048)
+    short_wide_tokens: tuple[int, ...] = (512, 128, 256)  # at head_dim 128
     short_heads: int = 16
     decode_tokens: int = 8192
     decode_batch: int = 16
@@ -73,10 +78,11 @@ def short(plan: Plan) -> list[Case]:
     heads = plan.short_heads
     return [
         Case(
-            f"rmt_decoder T={tokens} M=16 D=64 batch 1", SegmentLayout.rmt_decoder(tokens, 16), 1, heads, heads, 64,
-            "short segments",
+            f"rmt_decoder T={tokens} M=16 D={head_dim} batch 1", SegmentLayout.rmt_decoder(tokens, 16), 1, heads, heads,
+            head_dim, "short segments",
         )
-        for tokens in plan.short_tokens
+        for head_dim, lengths in ((64, plan.short_tokens), (128, plan.short_wide_tokens))
+        for tokens in lengths
     ]  # fmt: skip
 
 

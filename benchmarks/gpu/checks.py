@@ -1,9 +1,11 @@
-"""What a kernel must keep besides its error: the same bits every time, memory, graphs, compilation, no waiting."""
+"""What a backend's kernels must keep besides their error: the same bits every time, memory, graphs, compilation, no
+waiting."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +24,7 @@ __all__ = ["determinism_items", "memory_items"]
 
 _DECODER = SegmentLayout.rmt_decoder(1000, 16)
 _CACHED = SegmentLayout.rmt_decoder(500, 10, cache=129)
+_OF_CUDA = (torch.bfloat16, torch.float16)
 MOST_MEMORY = 0.05  # of the bytes of the scores as dense matrices, for forward + backward
 
 
@@ -69,10 +72,10 @@ def _count_differences(first: dict[str, Tensor], found: dict[str, Tensor], into:
         into += (_bits(tensor) != _bits(found[name])).sum()
 
 
-def _repeats(case: SuiteCase, context: Context) -> Payload:
+def _repeats(case: SuiteCase, backend: str, context: Context) -> Payload:
     from tests.suite import make, on_backend, results
 
-    device, attention = context.gpu(), on_backend(context.plan.backend)
+    device, attention = context.gpu(), on_backend(backend)
     problem = make(case, str(device.torch))
     first = {name: tensor.clone() for name, tensor in results(problem, attention).items()}
     differing = torch.zeros((), dtype=torch.int64, device=device.torch)
@@ -84,7 +87,7 @@ def _repeats(case: SuiteCase, context: Context) -> Payload:
                 load @ load
         _count_differences(first, results(problem, attention), differing)
     wrong, finite = int(differing), all(bool(tensor.isfinite().any()) for tensor in first.values() if tensor.numel())
-    facts = {"repeats": context.plan.repeats, "differing": wrong}
+    facts = {"backend": backend, "repeats": context.plan.repeats, "differing": wrong}
     failures = [f"{wrong} elements differed in {context.plan.repeats} repeats"] if wrong else []
     failures += [] if finite else ["a result has no finite value"]
     return {"facts": facts, "failures": failures}
@@ -104,10 +107,10 @@ def _sample(problem: Problem, row: int) -> Problem:
     )  # fmt: skip
 
 
-def _alone(case: SuiteCase, context: Context) -> Payload:
+def _alone(case: SuiteCase, backend: str, context: Context) -> Payload:
     from tests.suite import make, on_backend, results
 
-    device, attention = context.gpu(), on_backend(context.plan.backend)
+    device, attention = context.gpu(), on_backend(backend)
     problem = make(case, str(device.torch))
     whole = results(problem, attention)
     differing = torch.zeros((), dtype=torch.int64, device=device.torch)
@@ -117,16 +120,16 @@ def _alone(case: SuiteCase, context: Context) -> Payload:
         _count_differences({name: tensor[row : row + 1] for name, tensor in whole.items()}, found, differing)
     wrong = int(differing)
     failures = [f"{wrong} elements differ between a sample alone and in its batch"] if wrong else []
-    return {"facts": {"samples": len(rows), "differing": wrong}, "failures": failures}
+    return {"facts": {"backend": backend, "samples": len(rows), "differing": wrong}, "failures": failures}
 
 
-def determinism_items() -> list[Item]:
-    """Repeats and batch invariance of every case."""
+def determinism_items(backend: str) -> list[Item]:
+    """Repeats and batch invariance of every case that the backend's kernels are for."""
 
-    def bind(check: Callable[[SuiteCase, Context], Payload], name: str) -> Callable[[Context], Payload]:
-        return lambda context: check(_cases()[name], context)
+    def bind(check: Callable[[SuiteCase, str, Context], Payload], name: str) -> Callable[[Context], Payload]:
+        return lambda context: check(_cases()[name], backend, context)
 
-    names = list(_cases())
+    names = [name for name, case in _cases().items() if backend != "cuda" or case.dtype in _OF_CUDA]
     return [
         *(Item(f"alone: {name}", bind(_alone, name), limit=60) for name in names),
         *(Item(f"repeats: {name}", bind(_repeats, name), limit=90) for name in names),
@@ -143,9 +146,9 @@ def _both(tensors: Sequence[Tensor], layout: SegmentLayout, **options: Any) -> l
     return [out, *torch.autograd.grad(out, (query, key, value), grad)]
 
 
-def _long(context: Context) -> Payload:
+def _long(backend: str, context: Context) -> Payload:
     """Peak memory of a long segment, beside what dense scores would take."""
-    device, backend = context.gpu(), context.plan.backend
+    device = context.gpu()
     case = replace(LONG, layout=SegmentLayout.rmt_decoder(context.plan.long_tokens, 16))
     inputs = make_inputs(case, torch.bfloat16, device=device.torch, requires_grad=True)
     four = (inputs.query, inputs.key, inputs.value, inputs.grad)
@@ -161,7 +164,9 @@ def _long(context: Context) -> Payload:
     dense = case.score_bytes(torch.bfloat16)
     share = found["forward+backward"] / dense
     failures = [f"forward + backward took {share:.1%} of the dense scores' bytes"] if share > MOST_MEMORY else []
-    facts = {"tokens": case.layout.tokens, "peak_bytes": found, "dense_bytes": dense, "share": share}
+    facts = {
+        "backend": backend, "tokens": case.layout.tokens, "peak_bytes": found, "dense_bytes": dense, "share": share
+    }  # fmt: skip
     return {"facts": facts, "failures": failures}
 
 
@@ -175,10 +180,10 @@ def _differing(a: list[Tensor], b: list[Tensor]) -> int:
     return sum(int((_bits(x.detach()) != _bits(y.detach())).sum()) for x, y in zip(a, b, strict=True))
 
 
-def _graph(context: Context) -> Payload:
+def _graph(backend: str, context: Context) -> Payload:
     """A captured forward + backward gives the eager bits, on the inputs of the capture and on new ones; a seed that
     changes between replays changes the mask."""
-    device, backend = context.gpu(), context.plan.backend
+    device = context.gpu()
     case, tensors = _small(device)
     seed = torch.tensor([11], device=device.torch)
     options: dict[str, Any] = {"backend": backend, "dropout_p": 0.3, "seed": seed}
@@ -190,7 +195,7 @@ def _graph(context: Context) -> Payload:
     replay = device.capture(step, 1, flush=False)
     captured = list(kept)
     failures = [] if device.torch.type == "cpu" or replay.by == "graph" else [f"it was not captured: {replay.note}"]
-    facts: dict[str, Any] = {"by": replay.by}
+    facts: dict[str, Any] = {"backend": backend, "by": replay.by}
     seen = []
     for what, new_seed, new_inputs in (("as captured", 11, False), ("new seed", 12, False), ("new inputs", 12, True)):
         seed.fill_(new_seed)
@@ -210,9 +215,9 @@ def _graph(context: Context) -> Payload:
     return {"facts": facts, "failures": failures}
 
 
-def _compiled(context: Context) -> Payload:
+def _compiled(backend: str, context: Context) -> Payload:
     """torch.compile(fullgraph=True) gives the eager bits."""
-    device, backend = context.gpu(), context.plan.backend
+    device = context.gpu()
     case, tensors = _small(device)
     torch._dynamo.reset()
 
@@ -225,12 +230,12 @@ def _compiled(context: Context) -> Payload:
     found = [out, *torch.autograd.grad(out, (query, key, value), grad)]
     wrong = _differing(found, _both(tensors, case.layout, backend=backend))
     failures = [f"{wrong} elements of the compiled call differ from the eager one"] if wrong else []
-    return {"facts": {"differing": wrong}, "failures": failures}
+    return {"facts": {"backend": backend, "differing": wrong}, "failures": failures}
 
 
-def _no_waiting(context: Context) -> Payload:
+def _no_waiting(backend: str, context: Context) -> Payload:
     """Nothing of a call waits for the device, with padding, with dropout whose seed is drawn, and when decoding."""
-    device, backend = context.gpu(), context.plan.backend
+    device = context.gpu()
     case, tensors = _small(device)
     lengths = torch.tensor([300, 120], dtype=torch.int32, device=device.torch)
     step, start = case.layout.decoding(), torch.tensor([299, 7], dtype=torch.int32, device=device.torch)
@@ -256,14 +261,15 @@ def _no_waiting(context: Context) -> Payload:
         finally:
             if device.torch.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-    return {"facts": {"calls": list(calls), "enforced": device.torch.type == "cuda"}, "failures": failures}
+    facts = {"backend": backend, "calls": list(calls), "enforced": device.torch.type == "cuda"}
+    return {"facts": facts, "failures": failures}
 
 
-def memory_items() -> list[Item]:
+def memory_items(backend: str) -> list[Item]:
     """Memory, and what a call must allow around itself."""
     return [
-        Item("peak memory of a long segment", _long, limit=90),
-        Item("CUDA graph", _graph, limit=90),
-        Item("torch.compile", _compiled, limit=120),
-        Item("no synchronisation", _no_waiting, limit=60),
+        Item("peak memory of a long segment", partial(_long, backend), limit=90),
+        Item("CUDA graph", partial(_graph, backend), limit=90),
+        Item("torch.compile", partial(_compiled, backend), limit=120),
+        Item("no synchronisation", partial(_no_waiting, backend), limit=60),
     ]

@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,31 @@ from benchmarks.gpu.compare import DeviceLostError
 from benchmarks.gpu.device import Device, current
 from benchmarks.gpu.stage import Context, Item, Stage
 from benchmarks.gpu.stages import STAGES
-from benchmarks.gpu.store import Store, pending, write_json
+from benchmarks.gpu.store import State, Store, pending, write_json
 
 __all__ = ["DEVICE_LOST", "main", "running_file"]
 
 DEVICE_LOST = 17  # exit status: the device is unusable for this process, a new one should go on
 _SPARE = 5.0  # seconds for writing and leaving
+_MOST_LOSSES = 2  # items that a contestant may spoil: it is left out of the others then
 
 
 def running_file(store: Store, stage: str) -> Path:
-    """Where the child says which item it is at."""
+    """Where the child says which item it is at, and whose code in it: ``{"key", "limit", "contestant", "seconds"}``."""
     return store.folder / "stages" / f"{stage}.running"
 
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _left_out(state: State, key: str) -> dict[str, str]:
+    """Contestants that item ``key`` must do without, and why: what they did to it, or to several others."""
+    every = [(name, reason) for entry in state["items"].values() for name, reason in entry.get("excluded", {}).items()]
+    counts = Counter(name for name, _ in every)
+    often = {name: f"left out after {counts[name]} items: {reason}" for name, reason in every}
+    here: dict[str, str] = state["items"][key].get("excluded", {})
+    return {name: reason for name, reason in often.items() if counts[name] >= _MOST_LOSSES} | here
 
 
 def _run(item: Item, context: Context, entry: dict[str, Any]) -> None:
@@ -91,11 +102,16 @@ def main(
         entry = state["items"].setdefault(key, {"status": "started", "attempts": 0, "excluded": {}})
         entry.update(status="started", attempts=entry["attempts"] + 1)
         store.save(state)
-        write_json(running_file(store, stage.name), {"key": key, "limit": item.limit})
+        running = {"key": key, "limit": item.limit, "contestant": "", "seconds": None}
+
+        def at(contestant: str, seconds: float | None, running: dict[str, Any] = running) -> None:
+            write_json(running_file(store, stage.name), running | {"contestant": contestant, "seconds": seconds})
+
+        at("", None)
         _say(f"  {key}")
         context = Context(
             device, plan, store.work(stage.name), time.monotonic() + min(item.limit, left) - _SPARE,
-            dict(entry["excluded"]), _say,
+            _left_out(state, key), _say, at,
         )  # fmt: skip
         try:
             if device is not None:

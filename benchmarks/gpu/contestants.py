@@ -34,9 +34,10 @@ class RefusalError(RuntimeError):
 @dataclass(frozen=True)
 class Entrant(Contestant):
     """A contestant, and the context inside which it must be called. ``facts`` is filled by ``build``: seconds spent on
-    masks and compilation, which kernels SDPA chose."""
+    masks and compilation, which kernels SDPA chose. ``own``: it is ours, may not refuse, and has to be as exact."""
 
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    own: bool = False
     facts: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
@@ -74,16 +75,22 @@ def refusing(run: Run) -> Run:
 # -- ours --------------------------------------------------------------------------------------------------------------
 
 
-def _ours(backend: str, **options: Any) -> Entrant:
+_NAMES = {"triton": "Triton", "cuda": "CUDA"}
+
+
+def _ours(name: str, backend: str, **options: Any) -> Entrant:
     def build(case: Case, inputs: Inputs) -> Run:
         return lambda: segment_attention(
             inputs.query, inputs.key, inputs.value, case.layout, backend=backend, **options
         )
 
     def objection(case: Case, dtype: torch.dtype, backward: bool) -> str | None:
-        return None if backend in ("auto", *attention._BACKENDS) else f"there is no backend {backend!r}"
+        if backend not in ("auto", *attention._BACKENDS):
+            return f"there is no backend {backend!r}"
+        missing: str = getattr(attention._BACKENDS.get(backend), "why_missing", "")
+        return missing or None
 
-    return Entrant("ours", "rmt_kernels", build, objection)
+    return Entrant(name, f"rmt_kernels, {_NAMES.get(backend, backend)}", build, objection, own=True)
 
 
 # -- stock PyTorch -----------------------------------------------------------------------------------------------------
@@ -106,7 +113,7 @@ def _dense(name: str, label: str, context: Callable[[], AbstractContextManager[A
         facts["sdpa"] = sdpa_choice(inputs, attn_mask=bias, enable_gqa=case.heads != case.kv_heads)
         return run
 
-    return Entrant(name, label, build, _able, context, facts)
+    return Entrant(name, label, build, _able, context, facts=facts)
 
 
 def _split(backend: SDPBackend, name: str, label: str) -> Entrant:
@@ -125,7 +132,7 @@ def _plain(name: str, label: str, context: Callable[[], AbstractContextManager[A
         facts["sdpa"] = sdpa_choice(inputs, is_causal=causal, enable_gqa=grouped)
         return run
 
-    return Entrant(name, label, build, CONTESTANTS["plain"].objection, context, facts)
+    return Entrant(name, label, build, CONTESTANTS["plain"].objection, context, facts=facts)
 
 
 # -- FlexAttention -----------------------------------------------------------------------------------------------------
@@ -201,7 +208,7 @@ def _flex() -> Entrant:
             raise RefusalError(f"not the fused kernel: {unfused}")
         return run
 
-    return Entrant("flex", "FlexAttention", build, _flex_objection, nullcontext, facts)
+    return Entrant("flex", "FlexAttention", build, _flex_objection, facts=facts)
 
 
 # -- decoding ----------------------------------------------------------------------------------------------------------
@@ -226,10 +233,11 @@ def _folded(name: str, label: str, backend: SDPBackend | None, masked: bool) -> 
     return Entrant(name, label, build, _able, nullcontext if backend is None else _only(backend))
 
 
-def decoders(backend: str, query_start: Tensor) -> dict[str, Entrant]:
+def decoders(backend: str, query_start: Tensor, cuda: str = "cuda") -> dict[str, Entrant]:
     """Contestants of a decoding step with one query row, by name; ``query_start`` is ours to read."""
     every = (
-        _ours(backend, query_start=query_start),
+        _ours("ours", backend, query_start=query_start),
+        _ours("cuda", cuda, query_start=query_start),
         _folded("dense", "SDPA, dense mask", None, True),
         _folded("sliced_flash", "SDPA on K and V cut, flash", _FLASH, False),
         _folded("sliced_cudnn", "SDPA on K and V cut, cuDNN", _CUDNN, False),
@@ -238,10 +246,11 @@ def decoders(backend: str, query_start: Tensor) -> dict[str, Entrant]:
     return {entrant.name: entrant for entrant in every}
 
 
-def entrants(backend: str, memory: int) -> dict[str, Entrant]:
+def entrants(backend: str, memory: int, cuda: str = "cuda") -> dict[str, Entrant]:
     """All contestants by name; ``memory`` is the device's, in bytes."""
     every = (
-        _ours(backend),
+        _ours("ours", backend),
+        _ours("cuda", cuda),
         _flex(),
         _split(_FLASH, "split_flash", "three-call split, flash"),
         _split(_CUDNN, "split_cudnn", "three-call split, cuDNN"),

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
-# Ours in red; what computes the same in colours; what computes something else in grey.
+# Ours in red and orange; what computes the same in colours; what computes something else in grey.
 _STYLES = {
-    "ours": ("rmt_kernels", "#c8372d", "-"),
+    "ours": ("rmt_kernels, Triton", "#c8372d", "-"),
+    "cuda": ("rmt_kernels, CUDA", "#e07b1f", "-"),
     "flex": ("FlexAttention", "#2f6db3", "-"),
     "split_cudnn": ("three-call split, cuDNN", "#1d7a5f", "-"),
     "split_flash": ("three-call split, flash", "#6dab3c", "-"),
@@ -38,6 +39,7 @@ _STYLES = {
     "plain": ("plain causal, default *", "#c3c8d0", "--"),
 }
 _LINE = "#333a45"
+_OWN = ("ours", "cuda")
 
 
 def _spread_labels(ax: Axes, ends: Sequence[tuple[str, float]], right: float) -> None:
@@ -49,7 +51,7 @@ def _spread_labels(ax: Axes, ends: Sequence[tuple[str, float]], right: float) ->
         label, colour, _ = _STYLES[name]
         ax.annotate(
             label, (right, y), xytext=(right * 1.14, place), textcoords="data", va="center", fontsize=8,
-            color=colour, fontweight="bold" if name == "ours" else "normal", annotation_clip=False,
+            color=colour, fontweight="bold" if name in _OWN else "normal", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
         )  # fmt: skip
 
@@ -101,8 +103,8 @@ def _rates(results: Results, stage: str, which: str) -> Figure | None:
                 _, colour, line = _STYLES[name]
                 x, y = zip(*[(tokens, record["tflops"]) for tokens, record in series[name]], strict=True)
                 ax.plot(
-                    x, y, line, marker="o", markersize=5 if name == "ours" else 3.5, color=colour,
-                    linewidth=2.8 if name == "ours" else 1.4, zorder=3 if name == "ours" else 2,
+                    x, y, line, marker="o", markersize=5 if name in _OWN else 3.5, color=colour,
+                    linewidth=2.8 if name in _OWN else 1.4, zorder=3 if name in _OWN else 2,
                 )  # fmt: skip
                 if x[-1] == lengths[-1]:
                     ends.append((name, y[-1]))
@@ -174,12 +176,13 @@ def _ratios(results: Results) -> Figure | None:
             ax.set_xlim(left=0)
             ax.spines[["top", "right"]].set_visible(False)
             ax.margins(x=0.16)
-    figure.suptitle(f"Times faster, bf16, rmt_decoder, {_device(results)} (grey: slower)", fontsize=12)
+    figure.suptitle(f"Triton backend: times faster, bf16, rmt_decoder, {_device(results)} (grey: slower)", fontsize=12)
     return figure
 
 
 def _short(results: Results) -> Figure | None:
-    records = [r for r in records_of(results, "short") if "sizes" in r and r.get("kernel")]
+    every = [r for r in records_of(results, "short") if "sizes" in r and r.get("kernel")]
+    records = [r for r in every if r["sizes"]["head_dim"] == 64]
     panels = [
         (which, what) for which in ("forward", "backward") for what in ("kernel",)
         if any(r["pass"] == which for r in records)
@@ -203,7 +206,7 @@ def _short(results: Results) -> Figure | None:
                 x, y = zip(*points, strict=True)
                 ax.plot(
                     x, y, line, marker="o", markersize=4, color=colour, label=label,
-                    linewidth=2.8 if name == "ours" else 1.4, zorder=3 if name == "ours" else 2,
+                    linewidth=2.8 if name in _OWN else 1.4, zorder=3 if name in _OWN else 2,
                 )  # fmt: skip
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")

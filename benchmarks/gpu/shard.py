@@ -1,11 +1,14 @@
 """A pytest plugin that runs every n-th test, writes each result down at once, and skips those already written down.
 
-So a suite can be spread over processes, cut off by a time limit, killed by a crash, and taken up again.
+So a suite can be spread over processes, cut off by a time limit, killed by a crash, and taken up again. A process ends
+itself, with a status of GIVEN_UP, where it lost the device, or where a test hangs, as one does whose kernel never ends.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +16,11 @@ from typing import Any
 
 import pytest
 
-__all__ = ["read_log"]
+__all__ = ["GIVEN_UP", "cut_off", "read_log"]
 
+GIVEN_UP = _DEVICE_LOST, _HUNG = 17, 18
+_CUT_OFF = "cut off"
+_ENDED = "its process died or was ended"
 _LOST = ("CUDA error", "device-side assert", "illegal memory access")
 
 
@@ -24,10 +30,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--shard-log", type=Path, required=True, help="a JSON line for each test that began or ended")
     group.addoption("--shard-done", type=Path, nargs="*", default=[], help="logs whose tests are not run again")
     group.addoption("--shard-seconds", type=float, default=float("inf"), help="no test is begun after that")
+    group.addoption("--shard-test-seconds", type=float, default=threading.TIMEOUT_MAX, help="one test may take that")
 
 
 def read_log(files: list[Path]) -> dict[str, dict[str, Any]]:
-    """``{test id: {"outcome", "seconds", "message"}}`` of the logs; a test that began and never ended is "crashed"."""
+    """``{test id: {"outcome", "seconds", "message"}}`` of the logs; a test that began and never ended is "crashed".
+
+    A test that was cut off (``cut_off``) is left out, as one that never began.
+    """
     found: dict[str, dict[str, Any]] = {}
     for file in files:
         if not file.exists():
@@ -38,11 +48,20 @@ def read_log(files: list[Path]) -> dict[str, dict[str, Any]]:
             except ValueError:
                 continue  # a line that a dying process did not finish
             ended = found.get(entry["id"], {}).get("outcome") not in (None, "crashed")
-            if "outcome" in entry:
+            if entry.get("outcome") == _CUT_OFF:
+                found.pop(entry["id"], None)
+            elif "outcome" in entry:
                 found[entry["id"]] = entry
             elif not ended:
-                found[entry["id"]] = {**entry, "outcome": "crashed", "message": "its process died or was ended"}
+                found[entry["id"]] = {**entry, "outcome": "crashed", "message": _ENDED}
     return found
+
+
+def cut_off(file: Path) -> None:
+    """Note in the log of a process that was ended for want of time that what it was at is to be run again."""
+    names = [name for name, entry in read_log([file]).items() if entry.get("message") == _ENDED]
+    with file.open("a", encoding="utf-8") as log:
+        log.writelines("\n" + json.dumps({"id": name, "outcome": _CUT_OFF}) + "\n" for name in names)
 
 
 class _Plugin:
@@ -50,6 +69,7 @@ class _Plugin:
         self.config = config
         self.log: Path = config.getoption("--shard-log")
         self.end = time.monotonic() + config.getoption("--shard-seconds")
+        self.most: float = config.getoption("--shard-test-seconds")
         self.lost = False
 
     def _write(self, entry: dict[str, Any]) -> None:
@@ -74,7 +94,18 @@ class _Plugin:
         if time.monotonic() > self.end:
             item.session.shouldstop = "the time is up"
         self._write({"id": item.nodeid})
-        return (yield)
+        watch = threading.Timer(self.most, self._give_up, (item.nodeid,))
+        watch.daemon = True
+        watch.start()
+        try:
+            return (yield)
+        finally:
+            watch.cancel()
+
+    def _give_up(self, name: str) -> None:
+        message = f"it ran past {self.most:g} s, and its process was ended"
+        self._write({"id": name, "outcome": "crashed", "seconds": self.most, "message": message})
+        os._exit(_HUNG)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and not report.failed and not report.skipped:
@@ -96,7 +127,7 @@ class _Plugin:
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         if self.lost:  # a device that failed once fails every later test of the process
-            pytest.exit("the device is lost", returncode=17)
+            pytest.exit("the device is lost", returncode=_DEVICE_LOST)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,14 +11,23 @@ from typing import Any
 from benchmarks.gpu.cases import Plan
 from benchmarks.gpu.device import Device
 
-__all__ = ["Context", "Item", "Stage"]
+__all__ = ["At", "Context", "Item", "Payload", "Stage", "untold"]
 
 Payload = dict[str, Any]
+At = Callable[[str, float | None], None]
+
+
+def untold(contestant: str, seconds: float | None) -> None:
+    """An ``At`` for where nobody watches."""
 
 
 @dataclass
 class Context:
-    """What an item may use: ``work``, a folder for its files; ``excluded``, contestants not to be run, and why."""
+    """What an item may use: ``work``, a folder for its files; ``excluded``, contestants not to be run, and why.
+
+    ``at(contestant, seconds)`` says whose code is run from now on, so that it alone is left out where it hangs, after
+    ``seconds`` (None: the item's limit), or takes the process down; ``at("", None)``: nobody's alone.
+    """
 
     device: Device | None
     plan: Plan
@@ -26,6 +35,7 @@ class Context:
     deadline: float = float("inf")  # on time.monotonic
     excluded: dict[str, str] = field(default_factory=dict)
     say: Callable[[str], None] = print
+    at: At = untold
 
     def left(self) -> float:
         """Seconds left to the item."""
@@ -53,10 +63,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Stage:
-    """``limit``: seconds of one invocation; ``device``: whether its items use the GPU in their own process."""
+    """``limit``: seconds of one invocation; ``device``: whether its items use the GPU in their own process.
+
+    ``lost(state)`` says what the stage left on the machine, for others, and is not there any more: it is run again.
+    """
 
     name: str
     title: str
     limit: float
     items: Callable[[Plan], list[Item]]
     device: bool = True
+    lost: Callable[[dict[str, Any]], str] = lambda state: ""

@@ -13,7 +13,8 @@ from benchmarks.gpu.cases import Plan, decode_case, filling, short
 from benchmarks.gpu.checks import determinism_items, memory_items
 from benchmarks.gpu.compare import Record, compare
 from benchmarks.gpu.contestants import decoders, entrants
-from benchmarks.gpu.programs import build_items, gate_items, tune_items
+from benchmarks.gpu.programs import build_items, cpu_items, gate_items, lost_modules, tune_items
+from benchmarks.gpu.sanitizer import sanitizer_items
 from benchmarks.gpu.stage import Context, Item, Payload, Stage
 from benchmarks.gpu.suite import suite_items
 from benchmarks.recurrence.on_gpu import recurrence_items
@@ -21,9 +22,10 @@ from benchmarks.recurrence.on_gpu import recurrence_items
 __all__ = ["STAGES"]
 
 _FORWARD = (
-    "ours", "flex", "split_flash", "split_cudnn", "dense", "dense_cudnn", "naive", "plain_flash", "plain_cudnn"
+    "ours", "cuda", "flex", "split_flash", "split_cudnn", "dense", "dense_cudnn", "naive", "plain_flash", "plain_cudnn"
 )  # fmt: skip
-_SHORT = ("ours", "flex", "split_flash", "split_cudnn", "dense", "plain_flash", "plain_cudnn", "plain")
+_SHORT = ("ours", "cuda", "flex", "split_flash", "split_cudnn", "dense", "plain_flash", "plain_cudnn", "plain")
+_SHORT_WIDE = ("ours", "cuda", "split_cudnn", "plain_flash", "plain_cudnn", "plain")
 
 
 def _payload(records: list[Record], context: Context) -> Payload:
@@ -46,11 +48,12 @@ def _payload(records: list[Record], context: Context) -> Payload:
 def _compared(case: Case, names: Sequence[str], **how: Any) -> Callable[[Context], Payload]:
     def run(context: Context) -> Payload:
         device, plan = context.gpu(), context.plan
-        every = entrants(plan.backend, device.memory())
+        every = entrants(plan.backend, device.memory(), plan.cuda)
         chosen = {name: every[name] for name in names}
         records = compare(
-            device, case, chosen, rounds=plan.rounds, budget=plan.seconds, excluded=context.excluded, **how
-        )
+            device, case, chosen, rounds=plan.rounds, budget=plan.seconds, excluded=context.excluded, at=context.at,
+            **how,
+        )  # fmt: skip
         return _payload(records, context)
 
     return run
@@ -66,7 +69,8 @@ def _short(plan: Plan) -> list[Item]:
     items = []
     for backward in (False, True):
         for case in short(plan):
-            run = _compared(case, _SHORT, backward=backward, warm=True, calls=0.6)
+            names = _SHORT if case.head_dim == 64 else _SHORT_WIDE
+            run = _compared(case, names, backward=backward, warm=True, calls=0.6)
             items.append(Item(f"{case.name} {'backward' if backward else 'forward'}", run, limit=90.0, least=15.0))
     return items
 
@@ -77,8 +81,9 @@ def _decode(plan: Plan) -> list[Item]:
             device = context.gpu()
             start = torch.full((case.batch,), case.layout.tokens - 1, dtype=torch.int32, device=device.torch)
             records = compare(
-                device, case, decoders(plan.backend, start), rounds=plan.rounds, budget=plan.seconds, calls=0.4,
-                beside={"copy": copy(device, plan.copy_bytes // 2)}, excluded=context.excluded,
+                device, case, decoders(plan.backend, start, plan.cuda), rounds=plan.rounds, budget=plan.seconds,
+                calls=0.4, beside={"copy": copy(device, plan.copy_bytes // 2)}, excluded=context.excluded,
+                at=context.at,
             )  # fmt: skip
             visible = case.layout.visible() * case.batch * case.kv_heads * case.head_dim * 2 * 2
             bandwidth = next(r for r in records if r["contestant"] == "copy")["kernel"]
@@ -106,7 +111,7 @@ def _evidence(context: Context) -> Payload:
     inputs = make_inputs(case, torch.bfloat16, requires_grad=True, device=device.torch)
     facts: dict[str, Any] = {}
     failures = []
-    for name, entrant in entrants(context.plan.backend, device.memory()).items():
+    for name, entrant in entrants(context.plan.backend, device.memory(), context.plan.cuda).items():
         try:
             with entrant.context():
                 names = kernel_names(_passes(entrant, case, inputs, True)["forward+backward"])
@@ -120,24 +125,40 @@ def _evidence(context: Context) -> Payload:
     return {"facts": facts, "failures": failures}
 
 
-def _backward(plan: Plan) -> list[Item]:
-    return _speed(True)(plan)
+def _of_backend(suffix: str, backend: Callable[[Plan], str]) -> list[Stage]:
+    """What shows that a backend is right. The stages' names end with ``suffix``."""
+    return [
+        Stage(
+            f"suite{suffix}", "the shared test suite", 570, lambda plan: suite_items(backend(plan)), device=False
+        ),
+        Stage(
+            f"determinism{suffix}", "the same bits, repeated and alone", 400,
+            lambda plan: determinism_items(backend(plan)),
+        ),
+        Stage(
+            f"memory{suffix}", "memory, graphs, compilation, no waiting", 240, lambda plan: memory_items(backend(plan))
+        ),
+    ]  # fmt: skip
 
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("environment", "device, versions, ceilings", 120, lambda plan: environment_items()),
-        Stage("build", "build and test the CPU and CUDA modules", 560, lambda plan: build_items(), device=False),
-        Stage("suite", "the shared test suite", 570, lambda plan: suite_items(plan.backend), device=False),
-        Stage("determinism", "the same bits, repeated and alone", 400, lambda plan: determinism_items()),
-        Stage("memory", "memory, graphs, compilation, no waiting", 240, lambda plan: memory_items()),
-        Stage("forward", "forward, the chip filled", 560, _speed(False)),
-        Stage("backward", "backward, the chip filled", 570, _backward),
-        Stage("short", "batch 1", 400, _short),
+        Stage(
+            "build", "build the CPU module and the CUDA extension", 560, lambda plan: build_items(), device=False,
+            lost=lost_modules,
+        ),
+        *_of_backend("_cuda", lambda plan: plan.cuda),
+        Stage("sanitizer", "compute-sanitizer's tools", 570, lambda plan: sanitizer_items(), device=False),
+        *_of_backend("", lambda plan: plan.backend),
         Stage("decode", "one row against many keys", 200, _decode),
+        Stage("short", "batch 1", 500, _short),
+        Stage("forward", "forward, the chip filled", 560, _speed(False)),
+        Stage("backward", "backward, the chip filled", 570, _speed(True)),
         Stage("recurrence", "training through many segments", 480, lambda plan: recurrence_items()),
         Stage("kernels", "which kernels ran", 120, lambda plan: [Item("kernels", _evidence, limit=110.0)]),
+        Stage("suite_cpu", "the tests of the CPU module", 420, lambda plan: cpu_items(), device=False),
         Stage("gate", "the compile gate", 570, lambda plan: gate_items(), device=False),
         Stage("tune", "measure other tiles", 570, lambda plan: tune_items(), device=False),
         Stage(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Store", "complete", "pending", "read_json", "write_json"]
+__all__ = ["State", "Store", "complete", "pending", "read_json", "write_json"]
 
 State = dict[str, Any]
 

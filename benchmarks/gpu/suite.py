@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import ROOT
-from benchmarks.gpu.shard import read_log
+from benchmarks.gpu.shard import GIVEN_UP, cut_off, read_log
 from benchmarks.gpu.stage import Context, Item, Payload
 
 __all__ = ["run_tests", "suite_items", "summary", "test_files"]
 
 _MOST_STARTS = 6  # of one shard: after a crash the rest of its tests are run by a new process
 _SHOWN = 60
+_TEST_SECONDS = 90.0  # one test; those of many processes wait for one another's compilation
 
 
 def test_files() -> list[str]:
-    """The files whose tests may run on a GPU; the compile gate is a stage of its own, the interpreter needs no GPU."""
-    wanted = ("backends", "determinism", "attention", "memory", "modules", "philox", "scan", "triton", "suite")
-    left_out = ("gate", "tune", "interpret", "benchmarks")
+    """The files whose tests may run on a GPU; what compiles is a stage of its own, what emulates a GPU needs none."""
+    wanted = ("backends", "determinism", "attention", "memory", "modules", "philox", "scan", "triton", "cuda", "suite")
+    left_out = ("gate", "tune", "interpret", "benchmarks", "build", "report", "emulat")
     return sorted(
         str(file.relative_to(ROOT))
         for file in (ROOT / "tests").glob("test_*.py")
@@ -64,7 +65,7 @@ def run_tests(context: Context, files: Sequence[str], select: str, shards: int, 
     environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         environment.setdefault(name, "1")
-    running: dict[int, tuple[subprocess.Popen[bytes], Path]] = {}
+    running: dict[int, tuple[subprocess.Popen[bytes], Path]] = {}  # and the log of each
     starts = Counter[int]()
     statuses: dict[int, int] = {}
     ended: set[int] = set()
@@ -75,26 +76,28 @@ def run_tests(context: Context, files: Sequence[str], select: str, shards: int, 
         command = [
             sys.executable, "-m", "pytest", *files, "-q", "-p", "benchmarks.gpu.shard",
             "-p", "no:cacheprovider", "--continue-on-collection-errors", "-k", select, "--shard", f"{number}/{shards}",
-            "--shard-log", str(log), "--shard-seconds", f"{max(1.0, context.left()):.1f}", *options,
+            "--shard-log", str(log), "--shard-seconds", f"{max(1.0, context.left()):.1f}",
+            "--shard-test-seconds", f"{_TEST_SECONDS:.1f}", *options,
             "--shard-done", *(str(file) for file in _logs(work)),
         ]  # fmt: skip
         output = work / f"shard-{number}.txt"
         with output.open("wb") as text:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=text, stderr=subprocess.STDOUT)
-        running[number] = process, output
+        running[number] = process, log
 
     for number in range(shards):
         start(number)
     told = time.monotonic()
     while running:
         time.sleep(0.2)
-        for number, (process, _) in list(running.items()):
+        for number, (process, log) in list(running.items()):
             if process.poll() is None:
-                if context.left() < -3.0:
-                    process.kill()
-                    process.wait()
-                else:
+                if context.left() >= -3.0:
                     continue
+                process.kill()
+                process.wait()
+                if log.exists():
+                    cut_off(log)
             del running[number]
             statuses[number] = process.returncode
             # 0: passed, 1: some failed, 5: none was chosen; anything else ended before its tests did.
@@ -108,7 +111,7 @@ def run_tests(context: Context, files: Sequence[str], select: str, shards: int, 
             context.say(f"    so far {json.dumps({k: v for k, v in counts.items() if k != 'crashed'})}")
     found = summary(work)
     found["facts"]["statuses"] = statuses
-    broken = {number: status for number, status in statuses.items() if status not in (0, 1, 2, 5, 17)}
+    broken = {number: status for number, status in statuses.items() if status not in (0, 1, 2, 5, *GIVEN_UP)}
     if broken and not found["facts"]["counts"]:
         tail = (work / f"shard-{min(broken)}.txt").read_text(encoding="utf-8", errors="replace")[-800:]
         found["failures"].append(f"pytest ended with status {min(broken.values())}: {tail}")

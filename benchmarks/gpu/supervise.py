@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.environment import ROOT
 from benchmarks.gpu.child import DEVICE_LOST, running_file
@@ -42,25 +44,40 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _watch(process: subprocess.Popen[bytes], store: Store, stage: Stage, end: float) -> tuple[str, str | None]:
-    """``(how it ended, the item it was at)``: "left", "hung" (an item ran past its limit) or "late" (past ``end``)."""
+@dataclass
+class _Place:
+    """Where a child is: an item, and in it a contestant ("" where it is nobody's alone), each since a time."""
+
     key: str | None = None
-    since = time.monotonic()
-    limit = float("inf")
+    contestant: str = ""
+    began: float = 0.0
+    took_over: float = 0.0
+
+    def follow(self, running: dict[str, Any] | None, now: float) -> bool:
+        """Take in what the child says; whether an item, or a contestant, has run past its limit."""
+        told = running or {}
+        key, contestant, seconds = told.get("key"), told.get("contestant") or "", told.get("seconds")
+        if key != self.key:
+            self.key, self.contestant, self.began, self.took_over = key, contestant, now, now
+        elif contestant != self.contestant:
+            self.contestant, self.took_over = contestant, now
+        past = key is not None and now - self.began > told["limit"] + _GRACE
+        return past or (seconds is not None and now - self.took_over > seconds + _GRACE)
+
+
+def _watch(process: subprocess.Popen[bytes], store: Store, stage: Stage, end: float) -> tuple[str, _Place]:
+    """``(how it ended, where it was)``: "left", "hung" (ran past a limit) or "late" (past ``end``)."""
+    place = _Place()
     file = running_file(store, stage.name)
     while process.poll() is None:
         time.sleep(0.1)
-        running = read_json(file)
         now = time.monotonic()
-        found = running["key"] if running else None
-        if found != key:
-            key, since, limit = found, now, running["limit"] if running else float("inf")
-        how = "hung" if now - since > limit + _GRACE else "late" if now > end + _GRACE else None
-        if how:
+        hung = place.follow(read_json(file), now)
+        if hung or now > end + _GRACE:
             stop(process)
-            return how, key
-    running = read_json(file)
-    return "left", running["key"] if running else None
+            return "hung" if hung else "late", place
+    place.follow(read_json(file), time.monotonic())
+    return "left", place
 
 
 def _tail(log: Path, characters: int = 2000) -> str:
@@ -70,9 +87,15 @@ def _tail(log: Path, characters: int = 2000) -> str:
         return ""
 
 
-def _blame(state: State, key: str, reason: str, log: Path) -> None:
-    entry = state["items"].setdefault(key, {"attempts": 1, "excluded": {}})
-    entry.update(status="failed", error=reason, trace=_tail(log))
+def _blame(state: State, place: _Place, reason: str, log: Path) -> None:
+    """What went wrong is the contestant's fault, which is left out when the item is tried again, or else the item's."""
+    assert place.key is not None
+    entry = state["items"].setdefault(place.key, {"attempts": 1, "excluded": {}})
+    if place.contestant and entry["attempts"] < _MOST_ATTEMPTS + 2:
+        entry.setdefault("excluded", {})[place.contestant] = reason
+        entry.update(status="unfinished", trace=_tail(log))
+    else:
+        entry.update(status="failed", error=reason, trace=_tail(log))
 
 
 def run_stage(store: Store, stage: Stage, seconds: float, command: Command = child_command) -> State:
@@ -93,28 +116,28 @@ def run_stage(store: Store, stage: Stage, seconds: float, command: Command = chi
                 command(stage, store.folder, left), cwd=ROOT, stderr=errors, start_new_session=True
             )
             try:
-                how, key = _watch(process, store, stage, end)
+                how, place = _watch(process, store, stage, end)
             except BaseException:
                 stop(process)
                 raise
         status = process.returncode
         running_file(store, stage.name).unlink(missing_ok=True)
         state = store.load(stage.name)
-        if how == "hung" and key is not None:
-            _blame(state, key, "it ran past its time limit and was ended", log)
+        if how == "hung":
+            _blame(state, place, "it ran past its time limit and was ended", log)
         elif how == "late":
             # Cut off, not at fault; but an item that is always cut off must not be tried for ever.
-            if key is not None and state["items"].get(key, {}).get("attempts", 0) >= _MOST_ATTEMPTS:
-                _blame(state, key, f"cut off {_MOST_ATTEMPTS} times by the time limit", log)
-        elif key is not None and status not in (0, DEVICE_LOST):
-            _blame(state, key, f"its process died with status {status}", log)
+            if place.key is not None and state["items"].get(place.key, {}).get("attempts", 0) >= _MOST_ATTEMPTS:
+                _blame(state, _Place(place.key), f"cut off {_MOST_ATTEMPTS} times by the time limit", log)
+        elif place.key is not None and status not in (0, DEVICE_LOST):
+            _blame(state, place, f"its process died with status {status}", log)
         elif status not in (0, DEVICE_LOST):
             deaths += 1
             state["error"] = f"the stage's process ended with status {status}: {_tail(log, 600)}"
         if status == DEVICE_LOST:
             for other in pending(state):
                 if state["items"].get(other, {}).get("attempts", 0) >= _MOST_ATTEMPTS + 2:
-                    _blame(state, other, "it left the device unusable again and again", log)
+                    _blame(state, _Place(other), "it left the device unusable again and again", log)
         store.save(state)
         if how == "late" or deaths >= 2 or (how == "left" and status == 0):
             break

@@ -15,6 +15,7 @@ from benchmarks.tables import Table
 __all__ = ["failures", "stage_tables", "status_table", "summary_lines", "target_table"]
 
 _OPPONENTS = {
+    "Triton": ("ours",),
     "flex": ("flex",),
     "dense mask": ("dense", "dense_cudnn"),
     "split flash": ("split_flash",),
@@ -60,7 +61,7 @@ def status_table(results: Results) -> Table:
 
 def _detail(name: str, items: dict[str, Any]) -> str:
     facts = [item.get("facts") or {} for item in items.values()]
-    if name in ("suite", "suite_slow"):
+    if name.startswith("suite"):
         return "; ".join(
             ", ".join(f"{count} {kind}" for kind, count in sorted(fact["counts"].items()))
             for fact in facts
@@ -71,11 +72,19 @@ def _detail(name: str, items: dict[str, Any]) -> str:
             if "matmul_tflops" in fact:
                 copied, product = fact["copy_bytes_per_second"] / 1e12, fact["matmul_tflops"]
                 return f"copy {copied:.2f} TB/s, bf16 product {product:.0f} TFLOP/s"
-    if name == "determinism":
+    if name == "sanitizer":
+        return "; ".join(f"{fact['tool']} {fact.get('found', 'not run')}" for fact in facts if "tool" in fact)
+    if name == "build":
+        for fact in facts:
+            built = fact.get("cuda") or {}
+            if "architectures" in built:
+                sets = f"{', '.join(built['elements'])} at {', '.join(map(str, built['widths']))}"
+                return f"CUDA: {sets} for {', '.join(built['architectures'])} by {built['compiler']}"
+    if name.startswith("determinism"):
         repeats = {fact["repeats"] for fact in facts if "repeats" in fact}
         differing = sum(fact.get("differing", 0) for fact in facts)
         return f"{max(repeats, default=0)} repeats each, {differing} elements differ" if facts else ""
-    if name == "memory":
+    if name.startswith("memory"):
         for fact in facts:
             if "share" in fact:
                 peak = fact["peak_bytes"]["forward+backward"] / 2**20
@@ -96,13 +105,15 @@ def target_table(results: Results) -> Table:
         rows.append([
             goal.what, f"{'≤' if goal.at_most else '≥'} {_value(goal, goal.bound)}",
             "-" if worst is None else f"{_value(goal, worst[1])} at {worst[0]}",
+            "-" if worst is None else f"{worst[1] / goal.bound:.2f}x",
             f"{reached} of {measured}" + ("" if measured == every else f" ({every} asked for)"),
             goal.verdict if not goal.optional or goal.verdict != "missed" else "not yet",
         ])  # fmt: skip
     return Table(
-        "Targets", ["what", "wanted", "worst case", "reached by", "verdict"], rows,
-        "Ratios of kernel times measured in the same rounds; > 1 means that rmt_kernels is faster, except where "
-        "'time of' or 'overhead of' is asked for. TFLOP/s count visible entries only.",
+        "Targets", ["what", "wanted", "measured, worst case", "of wanted", "reached by", "verdict"], rows,
+        "Of the Triton backend, and where it says so of the CUDA backend. Ratios of kernel times measured in the same "
+        "rounds; > 1 means that rmt_kernels is faster, except where 'time of' or 'overhead of' is asked for. TFLOP/s "
+        "count visible entries only.",
     )  # fmt: skip
 
 
@@ -131,31 +142,35 @@ def _key(first: Record) -> tuple[int, int, int]:
     return first["sizes"]["head_dim"], first["memory_rows"], first["sizes"]["tokens"]
 
 
-def _ratio_text(rows: dict[str, Record], names: tuple[str, ...]) -> str:
-    ratio = kernel_ratio(rows, names)
+def _ratio_text(rows: dict[str, Record], names: tuple[str, ...], mine: str) -> str:
+    ratio = kernel_ratio(rows, names, mine)
     if ratio is not None:
         return f"{ratio:.2f}x" + (" slower" if ratio < 1 else "")
     kinds = [rows[name]["kind"] for name in names if name in rows]
     return kinds[0] if kinds and kinds[0] != "right" else "-"
 
 
-def _ratio_table(results: Results, stage: str, which: str, title: str) -> Table:
+def _ratio_table(results: Results, stage: str, which: str, title: str, mine: str = "ours") -> Table:
     rows = []
-    for contestants, first in sorted(_grouped(records_of(results, stage), which), key=lambda pair: _key(pair[1])):
+    opponents = {name: names for name, names in _OPPONENTS.items() if mine not in names}
+    records = records_of(results, stage)
+    if not any(record["contestant"] == mine for record in records):
+        return Table(title, [], [])
+    for contestants, first in sorted(_grouped(records, which), key=lambda pair: _key(pair[1])):
         head_dim, memory, tokens = _key(first)
-        ours = contestants.get("ours")
+        own = contestants.get(mine)
         noise = kernel_ratio(contestants, ("again",))
         rows.append([
-            f"D={head_dim} M={memory} T={tokens}", _time(ours),
-            "-" if not ours or ours.get("tflops") is None else f"{ours['tflops']:.0f}",
-            *(_ratio_text(contestants, names) for names in _OPPONENTS.values()),
+            f"D={head_dim} M={memory} T={tokens}", _time(own),
+            "-" if not own or own.get("tflops") is None else f"{own['tflops']:.0f}",
+            *(_ratio_text(contestants, names, mine) for names in opponents.values()),
             "-" if noise is None else f"{noise:.2f}x",
         ])  # fmt: skip
     return Table(
-        title, ["case", "ours, µs", "TFLOP/s", *(f"against {name}" for name in _OPPONENTS), "itself"], rows,
+        title, ["case", "ours, µs", "TFLOP/s", *(f"against {name}" for name in opponents), "noise"], rows,
         "Kernel time: CUDA graph replays with the L2 cache overwritten before every call, contestants taking turns; "
         "± is half the distance between the quartiles. * computes something else, causal attention over as many rows "
-        "without memory rules: the ceiling. 'itself' is ours timed twice: the noise. † timed without a graph.",
+        "without memory rules: the ceiling. Noise: the Triton backend timed twice. † timed without a graph.",
     )  # fmt: skip
 
 
@@ -207,11 +222,12 @@ def _short_table(results: Results) -> Table:
             for name, record in contestants.items():
                 if name != "again":
                     rows.append([
-                        f"{which} T={first['sizes']['tokens']}", record["label"], _time(record),
+                        f"{which} D={first['sizes']['head_dim']} T={first['sizes']['tokens']}", record["label"],
+                        _time(record),
                         _time(record, "kernel_warm"), _time(record, "call"), _time(record, "enqueue"),
                     ])  # fmt: skip
     return Table(
-        "Batch 1, 16 heads x 64, M = 16: microseconds",
+        "Batch 1, 16 heads, M = 16: microseconds",
         ["case", "contestant", "kernel", "kernel, warm L2", "call", "host part of a call"], rows,
         "A call is eager, without a graph; its host part ends when the host is free again.",
     )  # fmt: skip
@@ -268,16 +284,16 @@ def _errors(results: Results) -> Table:
 
 def _checks(results: Results) -> Table:
     rows = []
-    for stage in ("determinism", "memory"):
+    for stage in ("determinism_cuda", "memory_cuda", "sanitizer", "determinism", "memory"):
         for key, item in results.get("stages", {}).get(stage, {}).get("items", {}).items():
             said = "; ".join([*item.get("failures", []), *([item["error"]] if item.get("error") else [])])
             rows.append([stage, key, _status(item), said[:300]])
-    return Table("Determinism, memory, graphs, compilation", ["stage", "check", "result", "said"], rows)
+    return Table("Determinism, memory, graphs, compilation, sanitizer", ["stage", "check", "result", "said"], rows)
 
 
 def _suite(results: Results) -> Table:
     rows = []
-    for stage in ("suite", "suite_slow", "build"):
+    for stage in ("suite_cuda", "suite", "suite_slow", "suite_cpu"):
         for item in results.get("stages", {}).get(stage, {}).get("items", {}).values():
             for test in (item.get("facts") or {}).get("failed", []):
                 rows.append([stage, test["id"], test["message"][:300]])
@@ -289,7 +305,7 @@ def _programs(results: Results) -> Table:
     for stage in ("build", "gate", "tune"):
         for key, item in results.get("stages", {}).get(stage, {}).get("items", {}).items():
             facts = item.get("facts") or {}
-            last = str(facts.get("tail", facts.get("cuda_module", ""))).strip().splitlines()[-1:]
+            last = str(facts.get("tail", "")).strip().splitlines()[-1:]
             taken = f"{facts['seconds']:.0f} s" if "seconds" in facts else ""
             rows.append([stage, key, _status(item), taken, last[0][:200] if last else ""])
     return Table("Builds, compile gate, tuning", ["stage", "step", "result", "time", "last line"], rows)
@@ -301,6 +317,8 @@ def stage_tables(results: Results) -> list[Table]:
         lambda: _ratio_table(results, "forward", "forward", "Forward: times faster than each contestant"),
         lambda: _ratio_table(results, "backward", "backward", "Backward alone: times faster than each contestant"),
         lambda: _ratio_table(results, "backward", "forward+backward", "Forward + backward: times faster"),
+        lambda: _ratio_table(results, "forward", "forward", "CUDA backend, forward: times faster", "cuda"),
+        lambda: _ratio_table(results, "backward", "backward", "CUDA backend, backward alone: times faster", "cuda"),
         lambda: _rate_table(results, "forward", "forward", "Forward: visible TFLOP/s"),
         lambda: _rate_table(results, "backward", "backward", "Backward alone: visible TFLOP/s"),
         lambda: _short_table(results),

@@ -1,27 +1,32 @@
-"""What the Triton backend must reach, and whether it did."""
+"""What the Triton backend and the CUDA backend must reach, and whether they did."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.gpu.cases import FULL, filling
+from benchmarks.cases import Case
+from benchmarks.gpu.cases import FULL, filling, short
 from benchmarks.gpu.compare import sizes
 
 __all__ = ["Goal", "goals", "kernel_ratio", "records_of", "seconds"]
 
 Record = dict[str, Any]
 Results = dict[str, Any]
+Rates = dict[tuple[str, int], tuple[float, float, float]]
 
-_RATES = {  # visible TFLOP/s by (pass, head_dim), at 1k / 2k / 4k
+_RATES: Rates = {  # visible TFLOP/s by (pass, head_dim), at 1k / 2k / 4k
     ("forward", 64): (290, 340, 360),
     ("forward", 128): (290, 340, 370),
     ("backward", 128): (150, 220, 270),
 }
-_STRETCH = {("forward", 128): (400, 500, 550)}
+_STRETCH: Rates = {("forward", 128): (400, 500, 550)}
 _LENGTHS = (1024, 2048, 4096)
 COPY_SHARE, SHORT_KERNEL, SHORT_CALL = 0.60, 1.3, 1.5
+_CUDA_RATES: Rates = {("forward", 128): (260, 298, 319), ("backward", 128): (140, 210, 266)}  # FlashAttention-2's
+CUDA_COPY_SHARE, CUDA_SHORT_TOKENS = 0.70, 512
+_FILLING = filling(FULL)
 
 
 @dataclass(frozen=True)
@@ -80,22 +85,22 @@ def seconds(record: Record | None, which: str = "kernel") -> float | None:
     return None if not found else float(found["median"])
 
 
-def _cases(records: Iterable[Record], which: str) -> Iterator[tuple[Record, dict[str, Record]]]:
-    """``(ours, {contestant: record})`` for each case of a pass."""
+def _cases(records: Iterable[Record], which: str, mine: str = "ours") -> Iterator[tuple[Record, dict[str, Record]]]:
+    """``(the record of mine, {contestant: record})`` for each case of a pass."""
     by_case: dict[str, dict[str, Record]] = {}
     for record in records:
         if record["pass"] == which:
             by_case.setdefault(record["case"], {})[record["contestant"]] = record
     for rows in by_case.values():
-        if "ours" in rows:
-            yield rows["ours"], rows
+        if mine in rows:
+            yield rows[mine], rows
 
 
-def kernel_ratio(rows: dict[str, Record], names: tuple[str, ...], which: str = "kernel") -> float | None:
-    """How many times faster ours is than the fastest of ``names`` that has a time."""
-    ours = seconds(rows.get("ours"), which)
-    theirs = [time for name in names if (time := seconds(rows.get(name), which)) is not None]
-    return None if ours is None or not theirs else min(theirs) / ours
+def kernel_ratio(rows: dict[str, Record], names: tuple[str, ...], mine: str = "ours") -> float | None:
+    """How many times faster contestant ``mine`` is than the fastest of ``names`` that has a time."""
+    own = seconds(rows.get(mine))
+    theirs = [time for name in names if (time := seconds(rows.get(name))) is not None]
+    return None if own is None or not theirs else min(theirs) / own
 
 
 def _name(record: Record) -> str:
@@ -103,9 +108,9 @@ def _name(record: Record) -> str:
     return f"T={found['tokens']} M={record['memory_rows']} D={found['head_dim']}"
 
 
-def _expected(chosen: Callable[[Record], bool]) -> dict[str, float | None]:
+def _expected(chosen: Callable[[Record], bool], cases: Sequence[Case] = _FILLING) -> dict[str, float | None]:
     """The cases that a target speaks of, each without a value yet."""
-    records = [{"sizes": sizes(case), "memory_rows": case.layout.write} for case in filling(FULL)]
+    records = [{"sizes": sizes(case), "memory_rows": case.layout.write} for case in cases]
     return {_name(record): None for record in records if chosen(record)}
 
 
@@ -142,22 +147,33 @@ def _filled(results: Results) -> Iterator[Goal]:
         ("backward", ("split_cudnn",), at_most_1k, 1.0, "backward against the three-call split, cuDNN, T ≤ 1k"),
     ):
         yield Goal(what, bound, _ratios(results, which, which, names, chosen))
-    for stretch, rates in ((False, _RATES), (True, _STRETCH)):
-        for (which, head_dim), wanted in rates.items():
-            for tokens, bound in zip(_LENGTHS, wanted, strict=True):
+    yield from _rates(results, _RATES)
+    yield from _rates(results, _STRETCH, "stretch: ", optional=True)
 
-                def this(record: Record, wanted: tuple[int, int] = (tokens, head_dim)) -> bool:
-                    return (record["sizes"]["tokens"], record["sizes"]["head_dim"]) == wanted
 
-                values = _expected(this) | {
-                    _name(ours): ours["tflops"] for ours, _ in _cases(records_of(results, which), which) if this(ours)
-                }
-                what = f"{'stretch: ' if stretch else ''}{which}, head_dim {head_dim}, T = {tokens}"
-                yield Goal(what, bound, values, unit=" TFLOP/s", optional=stretch)
+def _rates(
+    results: Results, rates: Rates, prefix: str = "", mine: str = "ours", optional: bool = False
+) -> Iterator[Goal]:
+    for (which, head_dim), wanted in rates.items():
+        for tokens, bound in zip(_LENGTHS, wanted, strict=True):
+
+            def this(record: Record, wanted: tuple[int, int] = (tokens, head_dim)) -> bool:
+                return (record["sizes"]["tokens"], record["sizes"]["head_dim"]) == wanted
+
+            found = _cases(records_of(results, which), which, mine)
+            values = _expected(this) | {_name(own): own["tflops"] for own, _ in found if this(own)}
+            what = f"{prefix}{which}, head_dim {head_dim}, T = {tokens}"
+            yield Goal(what, bound, values, unit=" TFLOP/s", optional=optional)
+
+
+def _call_overhead(ours: Record, rows: dict[str, Record]) -> float | None:
+    """Host time of a call over that of SDPA's default call, without a graph."""
+    mine, theirs = seconds(ours, "enqueue"), seconds(rows.get("plain"), "enqueue")
+    return None if mine is None or theirs is None else mine / theirs
 
 
 def _short(results: Results) -> Iterator[Goal]:
-    records = records_of(results, "short")
+    records = [record for record in records_of(results, "short") if record["sizes"]["head_dim"] == 64]
     plain = ("plain_flash", "plain_cudnn", "plain")
     values: dict[str, float | None] = {}
     calls: dict[str, float | None] = {}
@@ -170,23 +186,47 @@ def _short(results: Results) -> Iterator[Goal]:
         if ours["sizes"]["tokens"] == 512:
             faster = kernel_ratio(rows, plain)
             values[_name(ours)] = None if faster is None else 1 / faster
-            mine, theirs = seconds(ours, "enqueue"), seconds(rows.get("plain"), "enqueue")
-            calls[_name(ours)] = None if mine is None or theirs is None else mine / theirs
+            calls[_name(ours)] = _call_overhead(ours, rows)
     yield Goal("batch 1, T = 512: kernel time of the fastest plain causal SDPA's", SHORT_KERNEL, values, at_most=True)
     yield Goal("batch 1, T = 512: call overhead of SDPA's (host time of a call)", SHORT_CALL, calls, at_most=True)
     yield Goal("batch 1, T ≤ 1k: against the three-call split, cuDNN", 1.0, split)
 
 
-def _decode(results: Results) -> Iterator[Goal]:
-    shares = {
-        f"D={record['sizes']['head_dim']}": record.get("copy_share")
-        for record in records_of(results, "decode")
-        if record["contestant"] == "ours"
-    }
-    percent = {case: None if share is None else 100 * share for case, share in shares.items()}
-    yield Goal("decoding: bandwidth as a share of the copy's", 100 * COPY_SHARE, percent, unit=" %")
+def _decode(results: Results, bound: float, prefix: str = "", mine: str = "ours") -> Goal:
+    percent: dict[str, float | None] = {f"D={head_dim}": None for head_dim in FULL.head_dims}
+    for record in records_of(results, "decode"):
+        if record["contestant"] == mine:
+            share = record.get("copy_share")
+            percent[f"D={record['sizes']['head_dim']}"] = None if share is None else 100 * share
+    return Goal(f"{prefix}decoding: bandwidth as a share of the copy's", 100 * bound, percent, unit=" %")
+
+
+def _cuda(results: Results) -> Iterator[Goal]:
+    yield from _rates(results, _CUDA_RATES, "CUDA: ", "cuda")
+
+    def is_short(record: Record) -> bool:
+        return bool(record["sizes"]["tokens"] <= CUDA_SHORT_TOKENS)
+
+    records = records_of(results, "short")
+    for which in ("forward", "backward"):
+        found = {
+            _name(own): kernel_ratio(rows, ("ours",), "cuda")
+            for own, rows in _cases(records, which, "cuda")
+            if is_short(own)
+        }
+        what = f"CUDA: {which} against Triton, batch 1, T ≤ {CUDA_SHORT_TOKENS}"
+        yield Goal(what, 1.0, _expected(is_short, short(FULL)) | found)
+    yield _decode(results, CUDA_COPY_SHARE, "CUDA: ", "cuda")
+    calls: dict[str, float | None] = {}
+    for which in ("forward", "forward+backward"):
+        calls |= {f"{name} {which}": None for name in _expected(is_short, short(FULL))}
+        for own, rows in _cases(records, which, "cuda"):
+            if is_short(own):
+                calls[f"{_name(own)} {which}"] = _call_overhead(own, rows)
+    what = f"CUDA: call overhead of SDPA's (host time of a call), batch 1, T ≤ {CUDA_SHORT_TOKENS}"
+    yield Goal(what, 1.0, calls, at_most=True)
 
 
 def goals(results: Results) -> list[Goal]:
-    """Every target of the speed list, in its order."""
-    return [*_filled(results), *_short(results), *_decode(results)]
+    """Every target of the speed lists, in their order: the Triton backend's, then the CUDA backend's."""
+    return [*_filled(results), *_short(results), _decode(results, COPY_SHARE), *_cuda(results)]

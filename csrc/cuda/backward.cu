@@ -12,6 +12,9 @@ using Rows = Tiles<Element, RMT_WIDTH, dropout>;
 constexpr int kRows = Rows<false>::LongBack::kRows;
 static_assert(kRows == Rows<false>::ShortBack::kRows, "one size of tiles, for one workspace");
 
+// Heads whose blocks begin side by side: with more there is no less to wait for.
+constexpr int kMostTogether = 16;
+
 bool is_short(const Problem& p) { return p.queries * p.group() <= kShortRows; }
 
 BackwardSpace space_of(const Problem& p, Pieces& pieces) {
@@ -32,26 +35,30 @@ size_t workspace(const Problem& p) {
 }
 
 template <class Config>
-void start(const Problem& p, const BackwardSpace& space, uintptr_t stream) {
-  const int heads = p.batch * p.kv_heads, blocks = heads * ((p.keys + Config::kKeys - 1) / Config::kKeys);
+void start(const Problem& p, const Chip& chip, const BackwardSpace& space, uintptr_t stream) {
+  const int heads = p.batch * p.kv_heads;
   const Divisor group(p.group());
   device::launch(prepare_kernel<Element, Config::kRows, Config::kKeys>, std::max(1, heads * space.tiles),
                  kPrepareThreads, 0, stream, p, group, space);
-  if (blocks > 0)
-    device::launch(backward_kernel<Config>, blocks, Config::kThreads, Config::kShared, stream, p, Scale::of(p.scale),
-                   group, space);
+  // A head's rows: query, grad_out, and what was summed of the gradient.
+  const int64_t bytes = 8 * static_cast<int64_t>(space.tiles) * Config::kRows * p.head_dim;
+  const Schedule schedule =
+      Schedule::of((p.keys + Config::kKeys - 1) / Config::kKeys, heads, chip.l2_bytes, bytes, kMostTogether);
+  if (schedule.blocks() > 0)
+    device::launch(backward_kernel<Config>, schedule.blocks(), Config::kThreads, Config::kShared, stream, p,
+                   Scale::of(p.scale), group, space, schedule);
 }
 
 template <bool dropout>
-void choose(const Problem& p, const BackwardSpace& space, uintptr_t stream) {
-  if (is_short(p)) return start<typename Rows<dropout>::ShortBack>(p, space, stream);
-  start<typename Rows<dropout>::LongBack>(p, space, stream);
+void choose(const Problem& p, const Chip& chip, const BackwardSpace& space, uintptr_t stream) {
+  if (is_short(p)) return start<typename Rows<dropout>::ShortBack>(p, chip, space, stream);
+  start<typename Rows<dropout>::LongBack>(p, chip, space, stream);
 }
 
-void run(const Problem& p, const Chip&, char* workspace, uintptr_t stream) {
+void run(const Problem& p, const Chip& chip, char* workspace, uintptr_t stream) {
   Pieces pieces(workspace);
   const BackwardSpace space = space_of(p, pieces);
-  p.dropout.on() ? choose<true>(p, space, stream) : choose<false>(p, space, stream);
+  p.dropout.on() ? choose<true>(p, chip, space, stream) : choose<false>(p, chip, space, stream);
 }
 
 template <class... Configs>

@@ -10,6 +10,7 @@
 #include "dropout.h"
 #include "epilogue.h"
 #include "prepare.h"
+#include "schedule.h"
 #include "tile.h"
 
 namespace rmt {
@@ -77,14 +78,13 @@ struct BackwardBlock {
   RMT_DEVICE int hidden_end() const { return device::load_shared(memory + C::kHidden + 4); }
   RMT_DEVICE bool ok() const { return device::load_shared(memory + C::kOk) != 0; }
 
-  RMT_DEVICE void find_place() const {
-    const int key_tiles = (p.keys + C::kKeys - 1) / C::kKeys;
-    const int ticket = device::take_ticket(space.tickets), head = ticket / key_tiles;
+  RMT_DEVICE void find_place(const Schedule& schedule) const {
+    const auto [tile, head] = schedule.place(device::take_ticket(space.tickets));
     const int b = head / p.kv_heads;
     const CheckedSample sample(p, b);
     const int first_token = p.layout.form[0].rows - layout_row(p.layout, sample, 0), tokens = p.layout.form[1].rows;
     const bool left = sample.token_begin > 0;
-    const int words[6] = {b, head % p.kv_heads, key_tiles - 1 - ticket % key_tiles,
+    const int words[6] = {b, head % p.kv_heads, tile,
                           first_token + (left ? 0 : min_int(sample.token_end, tokens)),
                           first_token + (left ? min_int(sample.token_begin, tokens) : tokens), sample.ok};
     RMT_UNROLL for (int i = 0; i < 6; ++i) device::store_shared(memory + C::kPlace + 4 * i, words[i]);
@@ -328,8 +328,8 @@ struct BackwardBlock {
     }
   }
 
-  RMT_DEVICE void run() {
-    if (device::thread() == 0) find_place(), note(-1, 0);
+  RMT_DEVICE void run(const Schedule& schedule) {
+    if (device::thread() == 0) find_place(schedule), note(-1, 0);
     device::barrier();
     RMT_UNROLL for (int n = 0; n < C::kWidth / 8; ++n)
       RMT_UNROLL for (int i = 0; i < 4; ++i) dk[n][i] = dv[n][i] = 0.0f;
@@ -382,8 +382,8 @@ struct BackwardBlock {
 template <class Config>
 RMT_KERNEL(Config::kThreads, 1)
 backward_kernel(RMT_CONSTANT Problem p, RMT_CONSTANT Scale scale, RMT_CONSTANT Divisor group,
-                RMT_CONSTANT BackwardSpace space) {
-  BackwardBlock<Config>(p, scale, group, space).run();
+                RMT_CONSTANT BackwardSpace space, RMT_CONSTANT Schedule schedule) {
+  BackwardBlock<Config>(p, scale, group, space).run(schedule);
 }
 
 }  // namespace rmt

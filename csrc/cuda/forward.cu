@@ -14,10 +14,8 @@ template <class Config>
 void start(const Problem& p, const Chip& chip, uintptr_t stream) {
   const int rows = p.queries * p.group(), tiles = (rows + Config::kRows - 1) / Config::kRows;
   const int heads = p.batch * p.kv_heads;
-  // Keys and values of a group of heads take half of the L2 cache.
-  const int64_t bytes = 4 * static_cast<int64_t>(p.keys) * p.head_dim;
-  const int64_t fit = chip.l2_bytes / 2 / std::max<int64_t>(1, bytes);
-  const Schedule schedule{tiles, heads, static_cast<int>(std::clamp<int64_t>(fit, 1, heads))};
+  const int64_t bytes = 4 * static_cast<int64_t>(p.keys) * p.head_dim;  // keys and values
+  const Schedule schedule = Schedule::of(tiles, heads, chip.l2_bytes, bytes, heads);
   device::launch(forward_kernel<Config>, schedule.blocks(), Config::kThreads, Config::kShared, stream, p,
                  Scale::of(p.scale), Divisor(p.group()), schedule);
 }

@@ -5,14 +5,20 @@
 
 namespace rmt {
 
-// Tiles of rows, for all heads: heads in groups of `together`, whose keys fit the L2 cache at once; within a group all
-// heads' last tiles first, which see most under a causal rule, so that no long block starts late.
+// Tiles for all heads: heads in groups of `together`, whose tensors fit the L2 cache at once; within a group all heads'
+// last tiles first. In the forward pass those see most under a causal rule, so no long block starts late. In the
+// backward pass blocks of a head wait for each other, last tile first: heads between them give them time.
 struct Schedule {
   int tiles, heads, together;
 
   struct Place {
     int tile, head;
   };
+  // As many heads together as fill half of the cache, each with so many bytes, but no more than `most`.
+  static Schedule of(int tiles, int heads, int64_t l2_bytes, int64_t bytes, int most) {
+    const int64_t fit = l2_bytes / 2 / (bytes > 0 ? bytes : 1), together = fit < most ? fit : most;
+    return {tiles, heads, static_cast<int>(together < 1 ? 1 : together < heads ? together : heads)};
+  }
   RMT_HD int blocks() const { return tiles * heads; }
   RMT_HD Place place(int block) const {
     const int group = block / (tiles * together), rest = block - group * tiles * together;
