@@ -201,9 +201,7 @@ struct Fence {
     return to <= limit && from >= stale && (to <= hole_lo || from >= hole_hi || hole_lo == hole_hi);
   }
   // Without branches: asked of every row that is copied.
-  RMT_HD bool alive(int key) const {
-    return (key < limit) & (key >= stale) & ((key < hole_lo) | (key >= hole_hi));
-  }
+  RMT_HD bool alive(int key) const { return (key < limit) & (key >= stale) & ((key < hole_lo) | (key >= hole_hi)); }
 };
 
 RMT_HD Fence fence_of(const Layout& layout, const Sample& sample, int limit) {

@@ -77,7 +77,7 @@ T* at(uintptr_t address) {
 }
 
 // The last arguments of both calls: of samples, and of dropout; 0 where there is none.
-#define RMT_SAMPLES                                                                                        \
+#define RMT_SAMPLES \
   uintptr_t lengths, uintptr_t starts, uintptr_t cache_starts, uintptr_t query_start, uintptr_t seed, uintptr_t stream
 void set_samples(rmt::Problem& p, uintptr_t lengths, uintptr_t starts, uintptr_t cache_starts, uintptr_t query_start,
                  uintptr_t seed) {
@@ -166,8 +166,8 @@ std::vector<std::pair<int, bool>> walk(const std::vector<int64_t>& ints, const s
   const rmt::Walk walk = rmt::walk_of(span, keys);
   std::vector<std::pair<int, bool>> found;
   for (int tile = walk.from(0); tile >= 0; tile = walk.from(tile + 1)) {
-    if (!walk.holds(tile) || walk.after(tile) + static_cast<int>(found.size()) + 1 !=
-                                 walk.after(-1))  // the ways of asking must agree
+    if (!walk.holds(tile) ||
+        walk.after(tile) + static_cast<int>(found.size()) + 1 != walk.after(-1))  // the ways of asking must agree
       throw std::logic_error("walk: inconsistent at tile " + std::to_string(tile));
     found.emplace_back(tile, span.open(tile * keys, (tile + 1) * keys));
   }

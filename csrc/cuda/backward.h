@@ -12,6 +12,7 @@
 #include "prepare.h"
 #include "schedule.h"
 #include "tile.h"
+#include "turns.h"
 
 namespace rmt {
 
@@ -31,11 +32,11 @@ struct BackwardConfig {
   static_assert(kWarps % kSteps == 0 && kColumns % kPart == 0);
 
   static constexpr int kRowBytes = Tile<kWidth>::bytes(kRows), kNumbers = 7 * 4 * kRows, kView = 4 * kViewInts;
-  static constexpr int kStage = 2 * kRowBytes + kNumbers + kView;  // query rows, their grad_out, and what is known of them
+  static constexpr int kStage = 2 * kRowBytes + kNumbers + kView;  // rows, their grad_out, and what is known of them
   static constexpr int kKey = 0, kValue = Tile<kWidth>::bytes(kKeys), kScores = 2 * kValue,
                        kStages = kScores + Tile<kRows>::bytes(kKeys), kStride = (kStage + 1023) / 1024 * 1024,
-                       kPlace = kStages + 2 * kStride, kHidden = kPlace + 12, kOk = kHidden + 8, kNote = kOk + 4,
-                       kShared = kNote + 8;  // stages begin at multiples of 1024
+                       kPlace = kStages + 2 * kStride, kHidden = kPlace + 12, kOk = kHidden + 8, kTurns = kOk + 4,
+                       kShared = kTurns + Turns::kBytes;  // stages begin at multiples of 1024
 };
 
 template <class Config>
@@ -60,8 +61,6 @@ struct BackwardBlock {
   RMT_DEVICE BackwardBlock(const Problem& problem, const Scale& problem_scale, const Divisor& by_group,
                            const BackwardSpace& problem_space)
       : p(problem), scale(problem_scale), group(by_group), space(problem_space), memory(device::shared_memory()) {}
-
-  static constexpr int kPassing = 32, kWaiting = 64;  // threads: see is_turn
 
   struct Lane {
     int thread, warp, g, t;
@@ -93,14 +92,15 @@ struct BackwardBlock {
   RMT_DEVICE Shared stage(int number) const { return memory + C::kStages + number % 2 * C::kStride; }
   RMT_DEVICE Shared numbers(int number) const { return stage(number) + 2 * C::kRowBytes; }
 
-  // -- which tiles of rows, and how they arrive -------------------------------------------------------------------------
+  // -- which tiles of rows, and how they arrive -----------------------------------------------------------------------
 
   // A tile's view, in global memory and in a stage.
   RMT_DEVICE const int* view(int tile) const {
     return space.views + (static_cast<int64_t>(b()) * space.tiles + tile) * kViewInts;
   }
   RMT_DEVICE auto staged_view(int number) const {
-    return [view = numbers(number) + C::kNumbers](int i) { return static_cast<int>(device::load_shared(view + 4 * i)); };
+    const Shared view = numbers(number) + C::kNumbers;
+    return [view](int i) { return static_cast<int>(device::load_shared(view + 4 * i)); };
   }
   // Goes on to the next tile of rows that sees keys of the block's, -1: none. 32 are looked at together: `left` are
   // those of the 32 around `tile` that are still to come.
@@ -125,7 +125,8 @@ struct BackwardBlock {
                                                   hidden_end(), thread);
     copy_packed<C::kWidth, C::kRows, C::kThreads>(stage(number) + C::kRowBytes, rows, p.grad_out, p.head_dim, first,
                                                   hidden(), hidden_end(), thread);
-    const auto* of_head = reinterpret_cast<const char*>(space.numbers + unit(tile) * 2 * C::kRows);
+    const auto* of_head =
+        reinterpret_cast<const char*>(space.numbers + static_cast<int64_t>(unit(tile)) * 2 * C::kRows);
     const auto* of_sample =
         reinterpret_cast<const char*>(space.rows + (static_cast<int64_t>(b()) * space.tiles + tile) * 5 * C::kRows);
     const auto* of_tile = reinterpret_cast<const char*>(view(tile));
@@ -149,7 +150,7 @@ struct BackwardBlock {
     copy(C::kKey, p.cache_key, p.key), copy(C::kValue, p.cache_value, p.value);
   }
 
-  // -- a tile of rows ---------------------------------------------------------------------------------------------------
+  // -- a tile of rows -------------------------------------------------------------------------------------------------
 
   // s = a tile of the block's (16 of the warp) times a tile of rows, transposed.
   RMT_DEVICE void multiply_rows(float (&c)[C::kRows / 8][4], Shared ours, Shared theirs) const {
@@ -248,7 +249,8 @@ struct BackwardBlock {
           const int e = 2 * half + j;
           const bool here = is_kept(n, e);
           weight[j] = here ? s[n][e] : 0.0f;
-          slope[j] = s[n][e] * ((here ? (C::kDropout ? dp[n][e] * rescale : dp[n][e]) : 0.0f) - device::from_bits(delta[j]));
+          const float through = here ? (C::kDropout ? dp[n][e] * rescale : dp[n][e]) : 0.0f;
+          slope[j] = s[n][e] * (through - device::from_bits(delta[j]));
         }
         const int word = n % 2 * 2 + half;
         weights[n / 2][word] = device::pack<Element>(weight[0], weight[1]);
@@ -259,35 +261,24 @@ struct BackwardBlock {
     }
   }
 
-  RMT_DEVICE int64_t unit(int tile) const {
-    return (static_cast<int64_t>(b()) * p.kv_heads + kv_head()) * space.tiles + tile;
-  }
+  // Number of a tile of rows among those of all heads.
+  RMT_DEVICE int unit(int tile) const { return (b() * p.kv_heads + kv_head()) * space.tiles + tile; }
   RMT_DEVICE int tile(int number) const { return TileView::tile(staged_view(number)); }
   // How many blocks add to a tile of rows before this one, and whether none does after it.
   RMT_DEVICE int turn(int number) const { return TileView::walk(staged_view(number)).after(key_tile()); }
   RMT_DEVICE bool is_last(int number) const { return TileView::walk(staged_view(number)).from(0) == key_tile(); }
 
-  // One thread waits for the block's turn, and one passes it on when everybody has stored what was theirs, which is so
-  // after the next barrier; until then the tile is noted, and how many will have had their turn. The two are of different
-  // warps, and look well before what they wait for is needed: each takes hundreds of cycles, which no other thread waits.
+  RMT_DEVICE Turns turns() const { return {memory + C::kTurns}; }
   RMT_DEVICE bool is_turn(int number) const {
-    const int before = turn(number);
-    return before == 0 || device::load_acquire(space.turns + unit(tile(number))) == before;
-  }
-  RMT_DEVICE void note(int tile, int turns) const {
-    device::store_shared(memory + C::kNote, tile), device::store_shared(memory + C::kNote + 4, turns);
-  }
-  RMT_DEVICE void pass_turn() const {
-    const int tile = device::load_shared(memory + C::kNote);
-    if (tile >= 0) device::store_release(space.turns + unit(tile), device::load_shared(memory + C::kNote + 4));
+    return Turns::has_come(space.turns + unit(tile(number)), turn(number));
   }
 
   // The queries' gradient, a 16 x kPart block of it: what others have summed, and what the block's keys add.
   RMT_DEVICE void add_to_queries(int number, int part) const {
     float dq[C::kPart / 8][4];
     const Lane lane;
-    Vector* sums = reinterpret_cast<Vector*>(space.sums + unit(tile(number)) * C::kRows * C::kWidth) + lane.thread +
-                   part / 8 * C::kThreads;
+    const int64_t first = static_cast<int64_t>(unit(tile(number))) * C::kRows * C::kWidth;
+    Vector* sums = reinterpret_cast<Vector*>(space.sums + first) + lane.thread + part / 8 * C::kThreads;
     const bool first_turn = turn(number) == 0;
     RMT_UNROLL for (int n = 0; n < C::kPart / 8; ++n) {
       const Vector before = first_turn ? Vector{} : device::load_far(sums + n * C::kThreads);
@@ -329,7 +320,8 @@ struct BackwardBlock {
   }
 
   RMT_DEVICE void run(const Schedule& schedule) {
-    if (device::thread() == 0) find_place(schedule), note(-1, 0);
+    if (device::thread() == 0) find_place(schedule);
+    if (Turns::passes()) turns().write(-1, 0);
     device::barrier();
     RMT_UNROLL for (int n = 0; n < C::kWidth / 8; ++n)
       RMT_UNROLL for (int i = 0; i < 4; ++i) dk[n][i] = dv[n][i] = 0.0f;
@@ -343,21 +335,21 @@ struct BackwardBlock {
       device::barrier();  // the rows are there; scores, the other stage and sums are done with
       multiply_rows(s, memory + C::kKey, stage(number));
       if (next >= 0) fetch(number + 1, next);
-      if (device::thread() == kPassing) pass_turn();
+      if (Turns::passes()) turns().pass(space.turns);
       multiply_rows(dp, memory + C::kValue, stage(number) + C::kRowBytes);
       probabilities(number);
       if (C::kDropout) draw_kept(tile(number));
       find_operands(number);
-      bool ready = device::thread() != kWaiting || is_turn(number);
+      bool ready = !Turns::waits() || is_turn(number);
       add_rows(dv, weights, stage(number) + C::kRowBytes);
       for (; !ready; ready = is_turn(number)) device::pause();
       device::barrier();  // scores are there, and so are the sums of those before
       add_rows(dk, slopes, stage(number));
       RMT_UNROLL for (int part = 0; part < C::kColumns; part += C::kPart) add_to_queries(number, part);
-      if (device::thread() == kPassing) note(is_last(number) ? -1 : tile(number), turn(number) + 1);
+      if (Turns::passes()) turns().write(is_last(number) ? -1 : unit(tile(number)), turn(number) + 1);
     }
     device::barrier();
-    if (device::thread() == kPassing) pass_turn();
+    if (Turns::passes()) turns().pass(space.turns);
     store_keys();
   }
 
@@ -367,7 +359,8 @@ struct BackwardBlock {
     const float rescale = C::kDropout ? p.dropout.rescale() : 1.0f;
     RMT_UNROLL for (int half = 0; half < 2; ++half) {
       const int key = key_tile() * C::kKeys + 16 * lane.warp + 8 * half + lane.g;
-      const auto store = [&](const Matrix& cached, const Matrix& matrix, const float(&grad)[C::kWidth / 8][4], float factor) {
+      const auto store = [&](const Matrix& cached, const Matrix& matrix, const float (&grad)[C::kWidth / 8][4],
+                             float factor) {
         const Keys to = Keys::of(cached, matrix, p.cache_rows, b(), kv_head());
         const char* row = key < p.keys ? to.row(cached, matrix, p.cache_rows, key) : nullptr;
         store_row<Element, C::kWidth / 8>(const_cast<char*>(row), p.head_dim, [&](int n, int i) {

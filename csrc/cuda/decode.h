@@ -26,8 +26,8 @@ struct DecodeConfig {
   static_assert(kStage >= 4 * 16 * kWidth, "what a warp has summed takes the place of a stage");
 };
 
-// What a chunk of keys gives each row of lse (`rows` of them): sums of values (rows, chunks, kWidth), the highest score,
-// which they are relative to, and the sum of weights (rows, chunks).
+// What a chunk of keys gives each row of lse: sums of values (rows, chunks, kWidth), the highest score, which they are
+// relative to, and the sum of weights (rows, chunks).
 struct Parts {
   float *sums, *highest, *totals;
   int chunks;
@@ -125,8 +125,8 @@ struct DecodeBlock {
     }
   }
 
-  // Where a warp leaves a pair of columns of what it has summed: rows are exchanged in groups of 8 columns, so that four
-  // rows of a column lie in different banks.
+  // Where a warp leaves a pair of columns of what it has summed: groups of 8 columns are exchanged by the row's number,
+  // so that four rows of a column lie in different banks.
   RMT_DEVICE Shared left(int of_warp, int r, int column) const {
     return memory + C::kRing + of_warp * C::kStages * C::kStage + 4 * (r * C::kWidth + (column ^ (8 * (r % 4))));
   }
@@ -180,7 +180,7 @@ struct DecodeBlock {
     softmax[0].start(), softmax[1].start();
     const Draw draw(p, b);
     const int drawn = min_int(first + g + 8 * (t % 2), rows.count - 1);
-    const int drawn_row = C::kDropout ? layout_row(p.layout, sample, rows.query(drawn)) : 0, drawn_head = rows.head(drawn);
+    const int drawn_row = layout_row(p.layout, sample, rows.query(drawn)), drawn_head = rows.head(drawn);
 
     for (; key_tile >= 0; key_tile = after(key_tile), ++number) {
       device::wait_copies<C::kStages - 2>();

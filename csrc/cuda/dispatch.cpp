@@ -4,7 +4,6 @@
 
 namespace rmt {
 
-
 #define RMT_DECLARE(element, width)   \
   Pass forward_##element##_##width(); \
   Pass decode_##element##_##width();  \
@@ -19,9 +18,8 @@ constexpr Type BF16_type = Type::bf16, F16_type = Type::f16;
 }  // namespace
 
 const std::vector<Kernels>& every_kernels() {
-#define RMT_LIST(element, width)                                                                              \
-  {element##_type, width, forward_##element##_##width(), decode_##element##_##width(), \
-   backward_##element##_##width()},
+#define RMT_LIST(element, width) \
+  {element##_type, width, forward_##element##_##width(), decode_##element##_##width(), backward_##element##_##width()},
   static const std::vector<Kernels> every = {RMT_FOR_INSTANCES(RMT_LIST)};
 #undef RMT_LIST
   return every;

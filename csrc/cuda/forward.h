@@ -64,12 +64,11 @@ struct ForwardBlock {
     RMT_UNROLL for (int m = 0; m < C::kTiles; ++m)
       RMT_UNROLL for (int n = 0; n < C::kKeys / 8; ++n)
         RMT_UNROLL for (int i = 0; i < 4; ++i) s[m][n][i] = 0.0f;
-    const In query = In::a(memory + C::kQuery + Tile<C::kWidth>::bytes(Lane().warp_row)), keys = In::b(memory + C::kKey);
+    const In query = In::a(memory + C::kQuery + Tile<C::kWidth>::bytes(Lane().warp_row));
+    const In keys = In::b(memory + C::kKey);
     RMT_UNROLL for (int d = 0; d < C::kDepth; ++d) {
       uint32_t q[C::kTiles][4];
-      RMT_UNROLL for (int m = 0; m < C::kTiles; ++m) {
-        query.read(q[m], 16 * m, 2 * d);
-      }
+      RMT_UNROLL for (int m = 0; m < C::kTiles; ++m) query.read(q[m], 16 * m, 2 * d);
       RMT_UNROLL for (int n = 0; n < C::kSteps; ++n) {
         uint32_t k[4];
         keys.read(k, 16 * n, 2 * d);
@@ -112,7 +111,7 @@ struct ForwardBlock {
       }
   }
 
-  // Scores become weights; what was summed before is brought to the new highest scores, where a row of the warp has one.
+  // Scores become weights. What was summed before is brought to new highest scores, if a row of the warp has one.
   RMT_DEVICE void weigh() {
     RMT_UNROLL for (int m = 0; m < C::kTiles; ++m) {
       float fade[2];
@@ -248,7 +247,8 @@ struct ForwardBlock {
 
 template <class Config>
 RMT_KERNEL(Config::kThreads, Config::kBlocks)
-forward_kernel(RMT_CONSTANT Problem p, RMT_CONSTANT Scale scale, RMT_CONSTANT Divisor group, RMT_CONSTANT Schedule schedule) {
+forward_kernel(RMT_CONSTANT Problem p, RMT_CONSTANT Scale scale, RMT_CONSTANT Divisor group,
+               RMT_CONSTANT Schedule schedule) {
   const auto place = schedule.place(device::block());
   const int b = place.head / p.kv_heads, kv_head = place.head % p.kv_heads;
   ForwardBlock<Config>(p, scale, group).run(b, kv_head, place.tile);

@@ -115,7 +115,8 @@ prepare_kernel(RMT_CONSTANT Problem p, RMT_CONSTANT Divisor group, RMT_CONSTANT 
   for (int i = thread; i < kRows * columns; i += kPrepareThreads) {
     const int r = first + i / columns;
     if (r < rows.count)
-      *reinterpret_cast<Vector*>(rows.address(p.grad_query, r) + 16 * (i % columns)) = {{nothing, nothing, nothing, nothing}};
+      *reinterpret_cast<Vector*>(rows.address(p.grad_query, r) +
+                                 16 * (i % columns)) = {{nothing, nothing, nothing, nothing}};
   }
 }
 

@@ -4,8 +4,8 @@
 #include <cuda_runtime.h>
 
 #include <stdexcept>
-#include <type_traits>
 #include <string>
+#include <type_traits>
 
 #define RMT_DEVICE __device__ __forceinline__
 // A kernel of at most so many threads a block, so many of whose blocks an SM should hold at once.

@@ -151,9 +151,13 @@ struct View {
     const Walk walk = walk_of(span, kKeys);
     const Fence fence = fence_of(p.layout, sample, max_int(span.hi, span.own_hi));
     if (device::thread() > 0) return;
-    RMT_UNROLL for (int i = 0; i < 3; ++i) put(base, kWalk + 2 * i, walk.begin[i]), put(base, kWalk + 2 * i + 1, walk.end[i]);
-    const int rest[13] = {span.all_lo, span.all_hi,   span.any_gap_lo, span.any_gap_hi, span.plain(), fence.limit, fence.stale,
-                          fence.hole_lo, fence.hole_hi, place.b, place.kv_head, place.first, place.ok};
+    RMT_UNROLL for (int i = 0; i < 3; ++i) {
+      put(base, kWalk + 2 * i, walk.begin[i]);
+      put(base, kWalk + 2 * i + 1, walk.end[i]);
+    }
+    const int rest[13] = {span.all_lo,   span.all_hi, span.any_gap_lo, span.any_gap_hi, span.plain(),
+                          fence.limit,   fence.stale, fence.hole_lo,   fence.hole_hi,   place.b,
+                          place.kv_head, place.first, place.ok};
     RMT_UNROLL for (int i = 0; i < 13; ++i) put(base, kOpen + i, rest[i]);
     put_keys(base, 0, Keys::of(p.cache_key, p.key, p.cache_rows, place.b, place.kv_head));
     put_keys(base, 4, Keys::of(p.cache_value, p.value, p.cache_rows, place.b, place.kv_head));

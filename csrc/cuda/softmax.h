@@ -59,7 +59,6 @@ struct Softmax {
   RMT_DEVICE float lse(const Scale& scale) const {
     const float sum = device::log(total == 0.0f ? 1.0f : total);
 
-
     return device::fma(highest, scale.size, sum - remainder(scale) * kLn2);
   }
 };

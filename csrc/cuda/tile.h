@@ -72,7 +72,7 @@ struct Copy {
   RMT_DEVICE void even(const char* from, int64_t step) const {
     from += chunk * 16;
     RMT_UNROLL for (int i = 0; i < kTimes; ++i, from += step)
-      device::copy_async(T::chunk_at(base, row + i * kAtOnce, chunk), from, there);
+        device::copy_async(T::chunk_at(base, row + i * kAtOnce, chunk), from, there);
   }
   // Any rows: `address(row)` is where one lies or would lie. Where it is not `wanted(row)` nothing is read, and it
   // becomes zeros.
