@@ -46,7 +46,7 @@ void start(const Problem& p, const Chip& chip, const BackwardSpace& space, uintp
       Schedule::of((p.keys + Config::kKeys - 1) / Config::kKeys, heads, chip.l2_bytes, bytes, kMostTogether);
   if (schedule.blocks() > 0)
     device::launch(backward_kernel<Config>, schedule.blocks(), Config::kThreads, Config::kShared, stream, p,
-                   Scale::of(p.scale), group, space, schedule);
+                   Scale::of(p), group, space, schedule);
 }
 
 template <bool dropout>

@@ -239,7 +239,6 @@ struct BackwardBlock {
   RMT_DEVICE void find_operands(int number) {
     const Lane lane;
     const Shared deltas = numbers(number) + 4 * C::kRows;
-    const float rescale = C::kDropout ? p.dropout.rescale() : 1.0f;
     RMT_UNROLL for (int n = 0; n < C::kRows / 8; ++n) {
       uint32_t delta[2];
       load_columns(delta, deltas, n, lane.t);
@@ -249,7 +248,7 @@ struct BackwardBlock {
           const int e = 2 * half + j;
           const bool here = is_kept(n, e);
           weight[j] = here ? s[n][e] : 0.0f;
-          const float through = here ? (C::kDropout ? dp[n][e] * rescale : dp[n][e]) : 0.0f;
+          const float through = here ? (C::kDropout ? dp[n][e] * scale.rescale : dp[n][e]) : 0.0f;
           slope[j] = s[n][e] * (through - device::from_bits(delta[j]));
         }
         const int word = n % 2 * 2 + half;
@@ -356,7 +355,6 @@ struct BackwardBlock {
   RMT_DEVICE void store_keys() const {
     const Lane lane;
     const bool ok = this->ok();
-    const float rescale = C::kDropout ? p.dropout.rescale() : 1.0f;
     RMT_UNROLL for (int half = 0; half < 2; ++half) {
       const int key = key_tile() * C::kKeys + 16 * lane.warp + 8 * half + lane.g;
       const auto store = [&](const Matrix& cached, const Matrix& matrix, const float (&grad)[C::kWidth / 8][4],
@@ -367,7 +365,7 @@ struct BackwardBlock {
           return ok ? grad[n][2 * half + i] * factor : device::not_a_number();
         });
       };
-      store(p.grad_cache_key, p.grad_key, dk, p.scale), store(p.grad_cache_value, p.grad_value, dv, rescale);
+      store(p.grad_cache_key, p.grad_key, dk, p.scale), store(p.grad_cache_value, p.grad_value, dv, scale.rescale);
     }
   }
 };

@@ -36,7 +36,7 @@ void start(const Problem& p, const Parts& parts, const Scale& scale, uintptr_t s
 void run(const Problem& p, const Chip&, char* workspace, uintptr_t stream) {
   Pieces pieces(workspace);
   const Parts parts = parts_of(p, pieces);
-  const Scale scale = Scale::of(p.scale);
+  const Scale scale = Scale::of(p);
   p.dropout.on() ? start<Config<true>>(p, parts, scale, stream) : start<Config<false>>(p, parts, scale, stream);
   if (parts.chunks == 1) return;
   constexpr int kAtOnce = kCombineThreads / 32;

@@ -214,7 +214,7 @@ struct DecodeBlock {
     if (!ok) row.total = device::not_a_number();  // a sample out of range shows
     const int64_t number = rows.number(p, r), part = number * parts.chunks + chunk;
     const float share = parts.chunks > 1 ? 1.0f
-                        : (C::kDropout ? p.dropout.rescale() : 1.0f) / (row.total == 0.0f ? 1.0f : row.total);
+                        : scale.rescale / (row.total == 0.0f ? 1.0f : row.total);
     for (int column = thread % 8 * 2; column < p.head_dim; column += 16) {
       float sums[2] = {};
       RMT_UNROLL for (int w = 0; w < C::kWarps; ++w) {
@@ -270,7 +270,7 @@ combine_kernel(RMT_CONSTANT Problem p, RMT_CONSTANT Scale scale, RMT_CONSTANT Pa
       if (column < p.head_dim) sums[i] += weight * parts.sums[part * kWidth + column];
     }
   }
-  const float safe = total == 0.0f ? 1.0f : total, share = (p.dropout.on() ? p.dropout.rescale() : 1.0f) / safe;
+  const float safe = total == 0.0f ? 1.0f : total, share = scale.rescale / safe;
   const int query = static_cast<int>(row % p.queries), head = static_cast<int>(row / p.queries % p.heads);
   const int64_t b = row / p.queries / p.heads;
   char* out = p.out.data + 2 * (b * p.out.batch + head * p.out.head + query * p.out.row);

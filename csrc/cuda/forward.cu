@@ -17,7 +17,7 @@ void start(const Problem& p, const Chip& chip, uintptr_t stream) {
   const int64_t bytes = 4 * static_cast<int64_t>(p.keys) * p.head_dim;  // keys and values
   const Schedule schedule = Schedule::of(tiles, heads, chip.l2_bytes, bytes, heads);
   device::launch(forward_kernel<Config>, schedule.blocks(), Config::kThreads, Config::kShared, stream, p,
-                 Scale::of(p.scale), Divisor(p.group()), schedule);
+                 Scale::of(p), Divisor(p.group()), schedule);
 }
 
 template <bool dropout>

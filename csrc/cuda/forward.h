@@ -236,7 +236,7 @@ struct ForwardBlock {
         const bool blind = sees_nothing(Sees::load(memory + C::kView, in_tile));
         if (blind) row.highest = -infinity(), row.total = 0.0f;
         if (!ok) row.total = device::not_a_number();  // a sample out of range shows
-        const float share = (C::kDropout ? p.dropout.rescale() : 1.0f) / (row.total == 0.0f ? 1.0f : row.total);
+        const float share = scale.rescale / (row.total == 0.0f ? 1.0f : row.total);
         store_row<Element, C::kWidth / 8>(
             there ? rows.address(p.out, r) : nullptr, p.head_dim,
             [&, quiet = blind && ok](int n, int i) { return quiet ? 0.0f : acc[m][n][2 * half + i] * share; });

@@ -1,10 +1,11 @@
-// How scores, signs aside, become exponents of 2.
+// How scores, signs aside, become exponents of 2; and what dropout multiplies by.
 #pragma once
 
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
 
+#include "../problem.h"
 #include "device.h"
 
 namespace rmt {
@@ -14,12 +15,14 @@ struct Scale {
   float coarse;            // a power of two, factor or less
   float size;              // |scale|, likewise
   float signed_factor;     // scale * log2(e)
+  float rescale;           // of what dropout keeps; 1 without
   uint32_t kept, flipped;  // on the packed words of one operand: the sign of the scale, or zero
 
-  static Scale of(float scale) {
-    const float size = std::fabs(scale);
+  static Scale of(const Problem& p) {
+    const float scale = p.scale, size = std::fabs(scale);
     const bool zero = size < FLT_MIN;
     Scale found{};
+    found.rescale = p.dropout.rescale();
     found.size = zero ? 1.0f : size;
     found.factor = static_cast<float>(std::min(found.size * 1.4426950408889634, static_cast<double>(FLT_MAX)));
     found.signed_factor = zero ? 0.0f : std::copysign(found.factor, scale);
