@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rmt_kernels import tape
 
@@ -131,6 +132,12 @@ def _under_autograd(
     function: type[torch.autograd.Function], op: Any, tensors: int
 ) -> Callable[..., tuple[Tensor, ...]]:
     def run(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
+        if forward_ad._current_level >= 0 and any(
+            tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in args[:tensors]
+        ):
+            raise NotImplementedError(
+                "segment_attention's kernels have no forward-mode derivative; use backend='reference'"
+            )
         keyset = keyset & torch._C._after_autograd_keyset
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:tensors]):
             return function.apply(keyset, *args)  # type: ignore[no-any-return]
@@ -154,7 +161,7 @@ def _unobserved(tensors: tuple[Any, ...]) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
+        and forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
         and set(map(type, tensors)) <= _PLAIN
     )
