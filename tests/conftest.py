@@ -10,6 +10,7 @@ import torch
 
 if not torch.cuda.is_available():  # read when the kernels are defined
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["RMT_KERNELS_EMULATE"] = "1"
 
 from tests.interpreter import hasten
 from tests.suite import nan_filled_memory

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from rmt_kernels import Region, SegmentLayout, attention, reference_attention
+from rmt_kernels.backends import cuda
 from rmt_kernels.philox import dropout_keep
 from rmt_kernels.reference import segment_mask
+from tests.emulation import EMULATED
 from tests.interpreter import INTERPRETED
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -36,17 +38,30 @@ class Backend:
     kernels: bool = False
     factor: float = 2.0  # its largest error may be this many times eager PyTorch's in the same dtype
     interpreted: bool = False  # thousands of times slower: it runs smaller cases, and fewer
+    dtypes: tuple[torch.dtype, ...] = ()  # all that it serves; (): all
+
+    def typed(self, case: Case) -> Case:
+        """The case in a dtype that this backend serves."""
+        if not self.dtypes or case.dtype in self.dtypes:
+            return case
+        return replace(case, dtype=self.dtypes[case.seed % len(self.dtypes)])
 
     def version(self, case: Case) -> Case:
         """The case as this backend runs it: in the interpreter with few samples and heads, which hold nothing new."""
+        case = self.typed(case)
         if not self.interpreted:
             return case
         whole_range = case.padding or case.stale or case.start  # both ends and something between
         return replace(case, batch=min(case.batch, 3 if whole_range else 1), kv_heads=min(case.kv_heads, 1))
 
 
+# What was compiled of the CUDA backend.
+INSTANCES: list[tuple[str, int]] = [] if cuda.why_missing else cuda.module.built()["instances"]
+CUDA_DTYPES = tuple(dtype for dtype in (BF16, F16) if DTYPE_NAMES[dtype] in {name for name, _ in INSTANCES})
+
 BACKENDS = (
     Backend("cpu", kernels=True),
+    Backend("cuda", "cpu" if EMULATED else "cuda", kernels=True, dtypes=CUDA_DTYPES),
     Backend("triton", "cpu" if INTERPRETED else "cuda", kernels=True, interpreted=INTERPRETED),
     Backend("stock", factor=5.0),  # the exponential in PyTorch's fused CPU attention is good to 20 bits only
     Backend("reference"),

@@ -11,7 +11,7 @@ import torch
 from benchmarks.cases import PUBLISHED
 from benchmarks.cases import Case as PublishedCase
 from rmt_kernels import SegmentLayout
-from rmt_kernels.backends import cpu
+from rmt_kernels.backends import cpu, cuda
 from rmt_kernels.reference import segment_mask
 from tests.draws import NAMED, draw
 from tests.suite import BACKENDS, BF16, F32, KERNELS, Backend, Case, Problem, check, make, on_backend, refusal, results
@@ -25,17 +25,23 @@ def backends(given: tuple[Backend, ...] = BACKENDS) -> Any:
     return pytest.mark.parametrize("backend", given, ids=lambda backend: backend.name)
 
 
+def made(case: Case, backend: Backend, with_lse: bool = True) -> Problem:
+    """The tensors of a case that the backend serves."""
+    problem = make(case, backend.device)
+    reason = refusal(backend.name, problem, with_lse)
+    if reason is not None:
+        pytest.skip(reason)
+    return problem
+
+
 def run(case: Case, backend: Backend) -> None:
     if backend.device != "cpu" and not torch.cuda.is_available():
         pytest.skip(f"no device {backend.device}")
     case = backend.version(case)
-    problem = make(case, backend.device)
-    with_lse = backend.kernels or refusal(backend.name, problem, True) is None
+    with_lse = backend.kernels or refusal(backend.name, make(case, backend.device), True) is None
     if not with_lse and case.grads == "lse":
-        pytest.skip(str(refusal(backend.name, problem, True)))
-    reason = refusal(backend.name, problem, with_lse)
-    if reason is not None:
-        pytest.skip(reason)
+        pytest.skip(str(refusal(backend.name, make(case, backend.device), True)))
+    problem = made(case, backend, with_lse)
     check(case, results(problem, on_backend(backend.name, with_lse), None, with_lse), with_lse, backend.factor)
 
 
@@ -91,13 +97,19 @@ def test_published_whole(case: PublishedCase, backend: Backend) -> None:
 @backends(KERNELS)
 def test_kernels_serve_everything(backend: Backend) -> None:
     """A kernel backend that works here must refuse no case, or the tests above would skip in silence."""
-    if backend.name == "cpu" and cpu.why_missing:
-        pytest.skip(cpu.why_missing)
+    missing = {"cpu": cpu.why_missing, "cuda": cuda.why_missing}.get(backend.name)
+    if missing:
+        pytest.skip(missing)
     every = [*NAMED.values(), *(draw(number) for number in (*FAST, *MANY))]
+    expected: dict[str, str] = {}
     if backend.interpreted:  # it says no to bfloat16, see test_triton.py
         every = [case for case in every if case.dtype is not BF16]
-    refused = {case.label: refusal(backend.name, make(case), True) for case in every}
-    assert {label: reason for label, reason in refused.items() if reason} == {}
+    if backend.name == "cuda":  # wide heads are the Triton backend's
+        every = [backend.typed(case) for case in every]
+        reason = "its largest head_dim is 128, got {}; use backend='triton'"
+        expected = {case.label: reason.format(case.head_dim) for case in every if case.head_dim > 128}
+    refused = {case.label: refusal(backend.name, make(case, backend.device), True) for case in every}
+    assert {label: reason for label, reason in refused.items() if reason} == expected
 
 
 CACHED = SegmentLayout.rmt_decoder(97, 8, cache=65)
@@ -106,7 +118,7 @@ CACHED = SegmentLayout.rmt_decoder(97, 8, cache=65)
 @backends(KERNELS)
 @pytest.mark.parametrize("how", ["column", "expanded"])
 def test_lengths_lie_in_memory_as_they_like(how: str, backend: Backend) -> None:
-    dense = make(Case(CACHED, batch=3, kv_heads=1, padding="right", stale=True), backend.device)
+    dense = made(backend.typed(Case(CACHED, batch=3, kv_heads=1, padding="right", stale=True)), backend)
     strided = replace(dense, options=dict(dense.options))
     for name, value in (("token_lengths", 40), ("cache_starts", 9)):
         if how == "expanded":
@@ -122,8 +134,9 @@ def test_lengths_lie_in_memory_as_they_like(how: str, backend: Backend) -> None:
 @backends(KERNELS)
 def test_a_window_without_end(backend: Backend) -> None:
     """The largest window there is hides nothing."""
-    plain = make(Case(SegmentLayout.rmt_decoder(130, 0), batch=1, kv_heads=1), backend.device)
-    endless = make(Case(SegmentLayout.rmt_decoder(130, 0, window=2**31 - 1), batch=1, kv_heads=1), backend.device)
+    case = backend.typed(Case(SegmentLayout.rmt_decoder(130, 0), batch=1, kv_heads=1))
+    plain = made(case, backend)
+    endless = made(replace(case, layout=SegmentLayout.rmt_decoder(130, 0, window=2**31 - 1)), backend)
     expected, found = (results(problem, on_backend(backend.name)) for problem in (plain, endless))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -171,11 +184,8 @@ def unused(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 )
 def test_what_nobody_sees_may_hold_anything(case: Case, dtype: torch.dtype, backend: Backend) -> None:
     """Padding, stale and future keys, and rows of padding: NaN there changes no bit of any result."""
-    case = replace(case, dtype=dtype)
-    clean, dirty = make(case, backend.device), make(case, backend.device)
-    reason = refusal(backend.name, clean, True)
-    if reason is not None:
-        pytest.skip(reason)
+    case = backend.typed(replace(case, dtype=dtype))
+    clean, dirty = made(case, backend), made(case, backend)
     assert clean.grad_lse is not None
     assert dirty.grad_lse is not None
     assert dirty.grad_out is not None
@@ -211,10 +221,7 @@ def test_what_nobody_sees_may_hold_anything(case: Case, dtype: torch.dtype, back
 def test_cache_apart_is_bit_equal(case: Case, dtype: torch.dtype, backend: Backend) -> None:
     """A cache given apart gives the same bits as one concatenated with the other keys."""
     case = backend.version(replace(case, dtype=dtype))
-    joined, apart = make(case, backend.device), make(replace(case, apart=True), backend.device)
-    reason = refusal(backend.name, apart, True)
-    if reason is not None:
-        pytest.skip(reason)
+    joined, apart = made(case, backend), made(replace(case, apart=True), backend)
     a, b = results(joined, on_backend(backend.name)), results(apart, on_backend(backend.name))
     for name in ("key", "value"):
         b[f"grad {name}"] = torch.cat([b.pop(f"grad cache_{name}"), b[f"grad {name}"]], dim=2)

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rmt_kernels.backends import cuda
+from tests.emulation import EMULATED
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 _FENCE = re.compile(r"^```(.*?)\n(.*?)^```[ ]*$", re.DOTALL | re.MULTILINE)
@@ -34,28 +37,37 @@ def blocks(page: Path) -> list[Block]:
     ]
 
 
-def run(page: Path, found: list[Block]) -> None:
-    """Run a page's Python from top to bottom; a block ``text printed`` is what the block above it prints."""
+KINDS = ("python", "python emulated") if EMULATED and not cuda.why_missing else ("python",)
+
+
+def run(page: Path, found: list[Block], kinds: tuple[str, ...] = KINDS) -> None:
+    """Run a page's Python from top to bottom; a block ``text printed`` is what the block above it prints.
+
+    A block ``python emulated`` needs the emulated GPU: where there is none, it and what it prints are passed over.
+    """
     namespace: dict[str, object] = {"__name__": "__docs__"}
-    printed = ""
+    printed: str | None = ""
     for block in found:
-        if block.kind == "python":
+        if block.kind in kinds:
             output = io.StringIO()
             # Blank lines in front, so that a traceback names the line of the page.
             code = compile("\n" * block.line + block.text, str(page), "exec")
             with contextlib.redirect_stdout(output):
                 exec(code, namespace)
             printed = output.getvalue()
-        elif block.kind == "text printed":
+        elif block.kind == "python emulated":
+            printed = None
+        elif block.kind == "text printed" and printed is not None:
             assert printed.strip() == block.text.strip(), f"{page.name}, line {block.line}: another text is printed"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem if page.parent == ROOT else f"docs/{page.stem}")
 def test_python(page: Path) -> None:
     found = blocks(page)
-    unknown = {block.kind for block in found if block.kind.startswith("python")} - {"python", "python no-run"}
+    known = {"python", "python no-run", "python emulated"}
+    unknown = {block.kind for block in found if block.kind.startswith("python")} - known
     assert not unknown
-    if not any(block.kind == "python" for block in found):
+    if not any(block.kind in KINDS for block in found):
         pytest.skip("no Python that is to be run")
     torch.compiler.reset()
     with warnings.catch_warnings():
@@ -76,6 +88,10 @@ def test_wrong_examples_are_found() -> None:
         run(page, [Block("python", "print(1)\n", 0), Block("text printed", "2\n", 3)])
     with pytest.raises(ZeroDivisionError):
         run(page, [Block("python", "1 / 0\n", 0)])
+    emulated = [Block("python emulated", "print(1)\n", 0), Block("text printed", "2\n", 3)]
+    run(page, emulated, ("python",))
+    with pytest.raises(AssertionError, match="another text"):
+        run(page, emulated, ("python", "python emulated"))
 
 
 def _anchors(page: Path) -> set[str]:

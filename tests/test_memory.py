@@ -11,11 +11,12 @@ import torch
 
 from rmt_kernels import SegmentLayout, segment_attention
 from rmt_kernels.backends import cpu
+from tests.emulation import emulated
 
-pytestmark = pytest.mark.skipif(bool(cpu.why_missing), reason=cpu.why_missing)
+needs_cpu = pytest.mark.skipif(bool(cpu.why_missing), reason=cpu.why_missing)
 
 
-def allocated(tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+def allocated(tokens: int, head_dim: int, dtype: torch.dtype, backend: str = "cpu") -> tuple[int, int]:
     """Most bytes that one forward and backward hold at once, inputs and grad_out aside, and all bytes they ask for.
 
     The profiler sees every tensor, ``at::empty`` in C++ included.
@@ -25,7 +26,7 @@ def allocated(tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int]
     leaves = [torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(3)]
     grad_out = torch.randn(shape, dtype=dtype)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        out = segment_attention(leaves[0], leaves[1], leaves[2], layout, backend="cpu")
+        out = segment_attention(leaves[0], leaves[1], leaves[2], layout, backend=backend)
         grads = torch.autograd.grad(out, leaves, grad_out)
     assert len(grads) == 3
     assert profiler.profiler is not None
@@ -51,15 +52,24 @@ def test_the_measure_sees_a_dense_matrix() -> None:
     assert 4_000_000 in sizes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_share_of_a_dense_matrix(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [
+        pytest.param(torch.float32, "cpu", marks=needs_cpu),
+        pytest.param(torch.bfloat16, "cpu", marks=needs_cpu),
+        pytest.param(torch.bfloat16, "cuda", marks=emulated),
+    ],
+    ids=["f32", "bf16", "cuda"],
+)
+def test_share_of_a_dense_matrix(dtype: torch.dtype, backend: str) -> None:
     """With head_dim 16 the gradients alone are 1 MB, and a matrix of scores 68 MB."""
-    peak, asked = allocated(4096, 16, dtype)
+    peak, asked = allocated(4096, 16, dtype, backend)
     assert peak > 3 * 4128 * 16 * dtype.itemsize, "the results themselves were not seen"
     assert peak < 0.05 * dense_bytes(4096)
     assert asked < 0.1 * dense_bytes(4096)
 
 
+@needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_linear(dtype: torch.dtype) -> None:
     short, long = allocated(1024, 64, dtype)[0], allocated(4096, 64, dtype)[0]
@@ -88,6 +98,7 @@ print(json.dumps(run(tokens)))
 """
 
 
+@needs_cpu
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -86,7 +86,6 @@ struct ForwardBlock {
       const Shared word = memory + C::kQuery + at;
       device::store_shared(word, scale.signed_word(device::load_shared(word)));
     }
-    device::barrier();
   }
 
   RMT_DEVICE void mask(int first_key) {
