@@ -526,8 +526,11 @@ struct Chain {
   Vector sums[64] = {};
 };
 
+enum class Turns { kRight, kNone, kPassedEarly, kNoBarrierAfter };
+
 // Each block in the order of the tickets makes every sum 31 times itself and its ticket; or, not in turn, adds 1.
-RMT_KERNEL(64, 1) pass_on(Chain* chain, bool in_turn) {
+RMT_KERNEL(64, 1) pass_on(Chain* chain, Turns turns) {
+  const bool in_turn = turns != Turns::kNone;
   if (thread() == 0) {
     store_shared(word(0), static_cast<uint32_t>(take_ticket(&chain->counter)));
     chain->blocks.push_back(block());
@@ -537,20 +540,20 @@ RMT_KERNEL(64, 1) pass_on(Chain* chain, bool in_turn) {
   if (in_turn) {
     if (thread() == 0)
       while (load_acquire(&chain->turn) != static_cast<int>(ticket)) pause();
-    barrier();
+    if (turns != Turns::kNoBarrierAfter) barrier();
   }
   Vector sum = load_far(&chain->sums[thread()]);
   warp_barrier();
   for (uint32_t& x : sum.word) x = in_turn ? 31 * x + ticket : x + 1;
   store_far(&chain->sums[thread()], sum);
-  barrier();
+  if (turns != Turns::kPassedEarly) barrier();
   if (in_turn && thread() == 0) store_release(&chain->turn, static_cast<int>(ticket) + 1);
 }
 
-Chain run_chain(int resident_blocks, uint64_t seed, bool in_turn = true) {
+Chain run_chain(int resident_blocks, uint64_t seed, Turns turns = Turns::kRight) {
   Chain chain;
   emulation::set_schedule(resident_blocks, seed);
-  launch(pass_on, 24, 64, 4, 0, &chain, in_turn);
+  launch(pass_on, 24, 64, 4, 0, &chain, turns);
   emulation::set_schedule();
   return chain;
 }
@@ -567,13 +570,22 @@ void check_schedules() {
       for (uint32_t x : sum.word) right &= x == expected;
     orders.insert(chain.blocks);
     repeats &= run_chain(5, seed).blocks == chain.blocks;
-    const Chain unordered = run_chain(5, seed, false);
+    emulation::set_race_detection(false);
+    const Chain unordered = run_chain(5, seed, Turns::kNone);
+    emulation::set_race_detection(true);
     lost += seed != 0 && unordered.sums[0].word[0] != 24;
   }
   check("blocks in the order of tickets, in order and under 20 seeds", right);
   check("seeds draw different orders", orders.size() > 10, std::to_string(orders.size()) + " of 21");
   check("a seed draws the same order again", repeats);
   check("updates are lost where blocks don't wait", lost > 10, std::to_string(lost) + " of 20 seeds");
+  for (const auto& [name, turns] : {std::pair("no turns", Turns::kNone),
+                                    {"a turn passed on early", Turns::kPassedEarly},
+                                    {"no barrier after a turn", Turns::kNoBarrierAfter}}) {
+    check_error(std::string("global memory: ") + name, {"load_far", "has not passed on"},
+                [turns] { run_chain(1, 0, turns); });
+    emulation::set_schedule();
+  }
 }
 
 int flag;
@@ -591,6 +603,21 @@ void check_deadlocks() {
   emulation::set_schedule(2);
   run(wait_for_block_1, 2);
   check("no deadlock where both are alive", flag == 1);
+  for (uint64_t seed = 1; seed <= 20; ++seed) {
+    flag = 0;
+    emulation::set_schedule(2, seed);
+    run(
+        [] {
+          if (block() == 1 && thread() == 0) store_release(&flag, 1);
+          if (block() == 1) return;
+          bool ready = thread() != 0 || load_acquire(&flag) == 1;
+          for (int i = 0; i < 20; ++i) shuffle_xor(i, 1);
+          for (; !ready; ready = load_acquire(&flag) == 1) pause();
+          barrier();
+        },
+        2);
+  }
+  check("no deadlock where a thread looks long before it pauses", flag == 1);
   for (uint64_t seed : {0, 7}) {
     emulation::set_schedule(3, seed);
     check_error("deadlock: nobody answers, seed " + std::to_string(seed), {"deadlock", "block 2", "pause"}, [&] {

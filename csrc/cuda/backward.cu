@@ -12,9 +12,6 @@ using Rows = Tiles<Element, RMT_WIDTH, dropout>;
 constexpr int kRows = Rows<false>::LongBack::kRows;
 static_assert(kRows == Rows<false>::ShortBack::kRows, "one size of tiles, for one workspace");
 
-// Heads whose blocks begin side by side: with more there is no less to wait for.
-constexpr int kMostTogether = 16;
-
 bool is_short(const Problem& p) { return p.queries * p.group() <= kShortRows; }
 
 BackwardSpace space_of(const Problem& p, Pieces& pieces) {
@@ -42,8 +39,7 @@ void start(const Problem& p, const Chip& chip, const BackwardSpace& space, uintp
                  kPrepareThreads, 0, stream, p, group, space);
   // A head's rows: query, grad_out, and what was summed of the gradient.
   const int64_t bytes = 8 * static_cast<int64_t>(space.tiles) * Config::kRows * p.head_dim;
-  const Schedule schedule =
-      Schedule::of((p.keys + Config::kKeys - 1) / Config::kKeys, heads, chip.l2_bytes, bytes, kMostTogether);
+  const Schedule schedule = Schedule::of((p.keys + Config::kKeys - 1) / Config::kKeys, heads, chip.l2_bytes, bytes);
   if (schedule.blocks() > 0)
     device::launch(backward_kernel<Config>, schedule.blocks(), Config::kThreads, Config::kShared, stream, p,
                    Scale::of(p), group, space, schedule);

@@ -28,7 +28,7 @@ struct BackwardConfig {
 
   // The gradient of queries: warps share it out as kSteps x kParts.
   static constexpr int kParts = kWarps / kSteps, kColumns = kWidth / kParts;  // of a warp,
-  static constexpr int kPart = 32;                                            // so many at a time: 64 spill
+  static constexpr int kPart = 32;                                            // so many at a time: 64 spill for sm_90a
   static_assert(kWarps % kSteps == 0 && kColumns % kPart == 0);
 
   static constexpr int kRowBytes = Tile<kWidth>::bytes(kRows), kNumbers = 7 * 4 * kRows, kView = 4 * kViewInts;
@@ -263,7 +263,7 @@ struct BackwardBlock {
   // Number of a tile of rows among those of all heads.
   RMT_DEVICE int unit(int tile) const { return (b() * p.kv_heads + kv_head()) * space.tiles + tile; }
   RMT_DEVICE int tile(int number) const { return TileView::tile(staged_view(number)); }
-  // How many blocks add to a tile of rows before this one, and whether none does after it.
+  // How many blocks add to a tile of rows before this one, those of later keys, and whether none does after it.
   RMT_DEVICE int turn(int number) const { return TileView::walk(staged_view(number)).after(key_tile()); }
   RMT_DEVICE bool is_last(int number) const { return TileView::walk(staged_view(number)).from(0) == key_tile(); }
 
@@ -276,6 +276,7 @@ struct BackwardBlock {
   RMT_DEVICE void add_to_queries(int number, int part) const {
     float dq[C::kPart / 8][4];
     const Lane lane;
+    // Lanes' results lie as lanes hold them: a vector of each thread, then the next of each.
     const int64_t first = static_cast<int64_t>(unit(tile(number))) * C::kRows * C::kWidth;
     Vector* sums = reinterpret_cast<Vector*>(space.sums + first) + lane.thread + part / 8 * C::kThreads;
     const bool first_turn = turn(number) == 0;

@@ -3,7 +3,7 @@
 //
 // What decides: a thread has 255 registers; a warp's product needs rows x (width + keys) / 32 of them for its results.
 // A word read from shared memory should serve two products of 16 rows, so a warp of a long call owns 32. Blocks of an
-// SM hide each other's barriers: two at least.
+// SM hide each other's barriers: two at least, but for the long backward pass, whose results take all registers of one.
 #pragma once
 
 #include <type_traits>

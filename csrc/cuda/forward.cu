@@ -15,7 +15,7 @@ void start(const Problem& p, const Chip& chip, uintptr_t stream) {
   const int rows = p.queries * p.group(), tiles = (rows + Config::kRows - 1) / Config::kRows;
   const int heads = p.batch * p.kv_heads;
   const int64_t bytes = 4 * static_cast<int64_t>(p.keys) * p.head_dim;  // keys and values
-  const Schedule schedule = Schedule::of(tiles, heads, chip.l2_bytes, bytes, heads);
+  const Schedule schedule = Schedule::of(tiles, heads, chip.l2_bytes, bytes);
   device::launch(forward_kernel<Config>, schedule.blocks(), Config::kThreads, Config::kShared, stream, p,
                  Scale::of(p), Divisor(p.group()), schedule);
 }

@@ -14,10 +14,10 @@ struct Schedule {
   struct Place {
     int tile, head;
   };
-  // As many heads together as fill half of the cache, each with so many bytes, but no more than `most`.
-  static Schedule of(int tiles, int heads, int64_t l2_bytes, int64_t bytes, int most) {
-    const int64_t fit = l2_bytes / 2 / (bytes > 0 ? bytes : 1), together = fit < most ? fit : most;
-    return {tiles, heads, static_cast<int>(together < 1 ? 1 : together < heads ? together : heads)};
+  // As many heads together as fill half of the cache, each with so many bytes.
+  static Schedule of(int tiles, int heads, int64_t l2_bytes, int64_t bytes) {
+    const int64_t fit = l2_bytes / 2 / (bytes > 0 ? bytes : 1);
+    return {tiles, heads, static_cast<int>(fit < 1 ? 1 : fit < heads ? fit : heads)};
   }
   RMT_HD int blocks() const { return tiles * heads; }
   RMT_HD Place place(int block) const {

@@ -129,8 +129,14 @@ RMT_DEVICE void wait_copies() {
 
 // -- global memory that blocks share ----------------------------------------------------------------------------------
 
-RMT_DEVICE Vector load_far(const Vector* from) { return *from; }
-RMT_DEVICE void store_far(Vector* to, const Vector& v) { *to = v; }
+RMT_DEVICE Vector load_far(const Vector* from) {
+  emulation::load_far(from);
+  return *from;
+}
+RMT_DEVICE void store_far(Vector* to, const Vector& v) {
+  emulation::store_far(to);
+  *to = v;
+}
 RMT_DEVICE int load_acquire(const int* from) { return emulation::load_acquire(from); }
 RMT_DEVICE void store_release(int* to, int value) { emulation::store_release(to, value); }
 RMT_DEVICE int take_ticket(int* counter) { return emulation::take_ticket(counter); }

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "far.h"
 #include "operations.h"
 
 namespace rmt::emulation {
@@ -30,8 +31,9 @@ struct Machine {
   void* arguments;
   std::vector<std::unique_ptr<Block>> blocks;
   Fiber scheduler;
-  uint64_t random;      // 0: everything in order
-  uint64_t news;        // counts changes of memory that paused threads may wait for
+  uint64_t random;  // 0: everything in order
+  uint64_t news;    // counts changes of memory that paused threads may wait for
+  FarMemory far;
   std::string failure;  // empty: none
 
   uint64_t draw() {  // splitmix64
@@ -149,14 +151,46 @@ void Warp::flush_logs() {
   counted.shared_store_conflicts += stores.flush();
 }
 
+namespace {
+
+FarMemory::Actor actor() {
+  const Block& block = *current->warp->block;
+  return {block.index, current->thread, block.epoch};
+}
+
+void require_known(const void* at, const char* what) {
+  const FarMemory::Actor* last = machine.far.unknown(at, actor());
+  if (last == nullptr) return;
+  fail(std::string(what) + " at what block " + std::to_string(last->block) + ", thread " +
+       std::to_string(last->thread) + " stored and has not passed on: by a barrier and a release, and here by an " +
+       "acquire and a barrier");
+}
+
+}  // namespace
+
+void load_far(const void* from) {
+  maybe_leave();
+  if (machine.detect_races) require_known(from, "load_far");
+}
+
+void store_far(const void* to) {
+  maybe_leave();
+  if (!machine.detect_races) return;
+  require_known(to, "store_far");
+  machine.far.store(to, actor());
+}
+
 int load_acquire(const int* from) {
   maybe_leave();
+  if (machine.detect_races) machine.far.acquire(from, actor());
   current->looked_at = from;
+  current->news_seen = machine.news;
   return current->saw = *from;
 }
 
 void store_release(int* to, int value) {
   maybe_leave();
+  if (machine.detect_races) machine.far.release(to, actor());
   *to = value;
   ++machine.news;
   maybe_leave();
@@ -173,7 +207,10 @@ int take_ticket(int* counter) {
 void pause() {
   Warp& warp = *current->warp;
   const uint32_t bit = 1u << current->index;
-  if (warp.paused == 0) warp.news_known = machine.news;
+  // What has changed since the lane looked wakes it, however much later it pauses.
+  const uint64_t seen = current->news_seen;
+  current->news_seen = machine.news;
+  warp.news_known = warp.paused == 0 ? seen : std::min(warp.news_known, seen);
   warp.paused |= bit;
   warp.ready &= ~bit;
   next_lane();
@@ -183,6 +220,7 @@ void pause() {
 
 void Lane::begin() {
   copies.clear();
+  news_seen = 0;
   group = 0;
   looked_at = nullptr;
   fiber.start(stack, live);
@@ -312,6 +350,7 @@ void launch(const void* kernel, int blocks, int threads, int shared_bytes, void 
   machine.arguments = arguments;
   machine.random = machine.seed;
   machine.news = 0;
+  machine.far.clear();
   machine.failure.clear();
   counted = {};
   machine.blocks.resize(static_cast<size_t>(machine.resident_blocks));

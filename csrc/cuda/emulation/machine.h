@@ -35,6 +35,7 @@ struct Lane {
   uint32_t group;            // that of the next copy
 
   const int* looked_at;  // by the latest load_acquire, or null
+  uint64_t news_seen;    // Machine::news then
   int saw;
 
   void begin();

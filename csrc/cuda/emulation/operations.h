@@ -28,6 +28,9 @@ void copy_async(uint32_t to, const void* from, bool wanted);
 void commit_copies();
 void wait_copies(int groups);
 
+// Before 16 bytes are read or written.
+void load_far(const void* from);
+void store_far(const void* to);
 int load_acquire(const int* from);
 void store_release(int* to, int value);
 int take_ticket(int* counter);
