@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rmt_kernels import SegmentLayout, explain, ops, segment_attention
 from rmt_kernels.backends import plans, triton
-from rmt_kernels.backends.triton import configs, launch, operators
+from rmt_kernels.backends.triton import configs, launch
 from rmt_kernels.backends.triton.configs import Backward, Tile
 from tests.draws import NAMED
 from tests.interpreter import INTERPRETED
