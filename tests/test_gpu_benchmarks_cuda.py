@@ -122,7 +122,7 @@ def test_the_build_demands_the_cuda_extension_for_this_gpu(tmp_path: Path, monke
     assert json.loads(facts["tail"].splitlines()[0]) == {
         "RMT_KERNELS_CUDA": "1", "RMT_KERNELS_CUDA_ALL": "1", "RMT_KERNELS_CUDA_ARCHS": "90a"
     }  # fmt: skip
-    assert facts["seconds"] > 0
+    assert 0.0 <= facts["seconds"] < 600.0
     assert facts["cuda"]["architectures"] == ["90a"]
     assert {name: len(files) for name, files in facts["modules"].items()} == {"_cpu": 1, "_cuda": 1}
     state = _state(found)
