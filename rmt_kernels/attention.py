@@ -13,6 +13,7 @@ import torch
 from rmt_kernels.backends import cpu, cuda, reference, stock, triton
 from rmt_kernels.backends.call import Call
 from rmt_kernels.layout import SegmentLayout
+from rmt_kernels.relative import Relative
 
 __all__ = ["Explanation", "explain", "segment_attention"]
 
@@ -49,14 +50,14 @@ def segment_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SegmentLayout, *, cache: Cache | None = ...,
     scale: float | None = ..., token_lengths: torch.Tensor | None = ..., token_starts: torch.Tensor | None = ...,
     cache_starts: torch.Tensor | None = ..., query_start: torch.Tensor | None = ..., dropout_p: float = ...,
-    seed: torch.Tensor | None = ..., relative: None = ..., return_lse: Literal[False] = ..., backend: str = ...,
+    seed: torch.Tensor | None = ..., relative: Relative | None = ..., return_lse: Literal[False] = ..., backend: str = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 @overload
 def segment_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SegmentLayout, *, cache: Cache | None = ...,
     scale: float | None = ..., token_lengths: torch.Tensor | None = ..., token_starts: torch.Tensor | None = ...,
     cache_starts: torch.Tensor | None = ..., query_start: torch.Tensor | None = ..., dropout_p: float = ...,
-    seed: torch.Tensor | None = ..., relative: None = ..., return_lse: Literal[True], backend: str = ...,
+    seed: torch.Tensor | None = ..., relative: Relative | None = ..., return_lse: Literal[True], backend: str = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 def segment_attention(
     query: torch.Tensor,
@@ -72,7 +73,7 @@ def segment_attention(
     query_start: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
-    relative: None = None,
+    relative: Relative | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +96,7 @@ def segment_attention(
         dropout_p: probability that a softmax entry is dropped, 0 <= p < 1; the rest is scaled by 1 / (1 - p).
         seed: int64 (1,), decides the dropout mask, the same on every backend (default: drawn from the device's default
             generator).
-        relative: reserved for distance-dependent scores.
+        relative: distance-dependent scores, such as Transformer-XL's or ALiBi's; see :class:`Relative`.
         return_lse: also return the log-sum-exp of each row's scores.
         backend: "auto", or one of "cpu", "cuda", "triton", "stock", "stock_split", "stock_dense", "stock_flex",
             "reference".
@@ -133,7 +134,7 @@ def explain(
     query_start: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
-    relative: None = None,
+    relative: Relative | None = None,
     return_lse: bool = False,
 ) -> Explanation:
     """Which backend ``segment_attention`` would choose for these arguments, and why no faster one. Computes nothing."""
@@ -201,15 +202,15 @@ def _checked(
     query_start: torch.Tensor | None,
     dropout_p: float,
     seed: torch.Tensor | None,
-    relative: None,
+    relative: Relative | None,
     return_lse: bool,
 ) -> Call:
     if not isinstance(layout, SegmentLayout):
         raise TypeError(f"layout must be a SegmentLayout, got {type(layout).__name__}")
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse must be True or False, got {type(return_lse).__name__}")
-    if relative is not None:
-        raise ValueError("relative: no backend serves distance-dependent scores yet; accepted: None")
+    if relative is not None and not isinstance(relative, Relative):
+        raise TypeError(f"relative must be a Relative or None, got {type(relative).__name__}")
     tensors = {"query": query, "key": key, "value": value}
     if cache is not None:
         if not isinstance(cache, (tuple, list)) or len(cache) != 2:
@@ -284,7 +285,7 @@ def _checked(
         raise ValueError("query_start needs a layout whose queries are TOKENS alone: use layout.decoding(rows)")
     return Call(
         query, key, value, layout, cache, float(scale), token_lengths, token_starts, cache_starts, query_start,
-        float(dropout_p), seed, return_lse,
+        float(dropout_p), seed, return_lse, None if relative is None else relative.terms(layout, query),
     )  # fmt: skip
 
 

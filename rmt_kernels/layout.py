@@ -289,6 +289,29 @@ class SegmentLayout:
             raise ValueError("query: 'cache' holds keys only; accepted: 'read', 'tokens', 'write'")
         return tuple(self.rules)[(query - 1) * 4 + key]  # type: ignore[return-value]
 
+    def offsets(self) -> tuple[int, int]:
+        """How far behind and how far ahead of its own key a row of this layout may see, at most: two ints >= 0.
+
+        Distance-dependent scores need tables that long; rows that :meth:`last` skips and ``window`` count as if they
+        were not.
+
+        Raises:
+            ValueError: rows that hold queries are not among the keys, so that they have no place there.
+        """
+        behind = ahead = 0
+        for region, form in zip(_QUERY_REGIONS, self.forms, strict=True):
+            if form.rows == 0:
+                continue
+            if self.key_size(region) != form.rows:
+                raise ValueError(
+                    f"relative: distances count keys, and {region.name} holds queries but is not among the keys"
+                )
+            if form.hi + form.step * (form.rows - 1) > form.lo:
+                own = self.key_offset(region)
+                behind = max(behind, own + form.rows - 1 - form.lo)
+                ahead = max(ahead, form.hi - 1 - own)
+        return behind, ahead
+
     def _form(self, query: Region) -> RowForm:
         rows = self.size(query) if query in self.queries else 0
         problem = ""

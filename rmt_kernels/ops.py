@@ -20,22 +20,23 @@ __all__ = ["Gradients", "attend", "backward", "forward", "like", "register_kerne
 _SHARED = (
     "Tensor query, Tensor key, Tensor value, Tensor? cache_key, Tensor? cache_value, Tensor? token_lengths, "
     "Tensor? token_starts, Tensor? cache_starts, Tensor? query_start, Tensor? seed, Tensor? relative_key, "
-    "Tensor? content_bias, Tensor? position_bias, int[] layout, float scale, float dropout_p, str relative, str backend"
+    "Tensor? relative_bias, Tensor? content_bias, Tensor? position_bias, int[] layout, float scale, float dropout_p, "
+    "int[] relative, str backend"
 )
-_TENSORS = 13  # of _SHARED, in front
-_DIFFERENTIABLE = 5  # query, key, value, cache_key, cache_value
+_TENSORS = 14  # of _SHARED, in front
+_DIFFERENTIABLE = (0, 1, 2, 3, 4, 10, 11, 12, 13)  # query, key, value, and those of the cache and of `relative`
 _library = torch.library.Library("rmt_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)  # strides of the inputs decide the outputs'
 _library.define(f"forward({_SHARED}) -> (Tensor, Tensor)", tags=_TAGS)
 _library.define(
     f"backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_SHARED}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"-> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})",
     tags=_TAGS,
 )
 forward = torch.ops.rmt_kernels.forward.default
 backward = torch.ops.rmt_kernels.backward.default
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, ...]  # of _DIFFERENTIABLE in order, or of the first five; empty where there is no tensor
 _FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {}
 _BACKWARD: dict[str, Callable[..., Gradients]] = {}
 
@@ -43,7 +44,8 @@ _BACKWARD: dict[str, Callable[..., Gradients]] = {}
 def register_kernels(
     backend: str, forward: Callable[..., tuple[Tensor, Tensor]], backward: Callable[..., Gradients]
 ) -> None:
-    """Make a backend's kernels reachable through the operators. They get the operator's arguments without its name.
+    """Make a backend's kernels reachable through the operators. They get the operator's arguments without its name;
+    ``backward`` may leave out the gradients of `relative` where there is none.
 
     out lies in memory as query does, a gradient as its tensor: (batch, heads, rows, head_dim), or, where rows lie
     outside heads, as after a projection, (batch, rows, heads, head_dim) seen transposed. So neither the kernels nor
@@ -60,7 +62,8 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(*args: Any) -> Gradients:
-    return _BACKWARD[args[-1]](*args[:-1])
+    found = _BACKWARD[args[-1]](*args[:-1])
+    return (*found, *(args[0].new_empty(0) for _ in range(len(_DIFFERENTIABLE) - len(found))))
 
 
 for _device in ("CPU", "CUDA"):
@@ -84,10 +87,11 @@ def _forward_fake(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("rmt_kernels::backward", lib=_library)
 def _backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    cache_key: Tensor | None, cache_value: Tensor | None, *_: Any,
+    cache_key: Tensor | None, cache_value: Tensor | None, *rest: Any,
 ) -> Gradients:  # fmt: skip
     cache = [query.new_empty(0) if tensor is None else like(tensor) for tensor in (cache_key, cache_value)]
-    return like(query), like(key), like(value), cache[0], cache[1]
+    relative = [query.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in rest[5:9]]
+    return like(query), like(key), like(value), *cache, *relative
 
 
 # torch.library.register_autograd would do the same at 100 microseconds a call.
@@ -110,10 +114,12 @@ class _Attention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         args = (grad_out, grad_lse, out, lse, *tensors, *ctx.rest)
         direct = ctx.direct and not torch.is_grad_enabled() and _unobserved((*grads, out, lse, *tensors))
-        found: tuple[Tensor | None, ...] = _backward(*args) if direct else backward(*args)
-        if tensors[3] is None:
-            found = (*found[:3], None, None)
-        return (None, *found, *(None,) * (_TENSORS - _DIFFERENTIABLE + len(ctx.rest)))
+        found = _BACKWARD[args[-1]](*args[:-1]) if direct else backward(*args)
+        gradients: list[Tensor | None] = [None] * (_TENSORS + len(ctx.rest))
+        for i, gradient in zip(_DIFFERENTIABLE, found, strict=False):
+            if tensors[i] is not None:
+                gradients[i] = gradient
+        return (None, *gradients)
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -146,8 +152,8 @@ def _under_autograd(
     return run
 
 
-_library.impl("forward", _under_autograd(_Attention, forward, _DIFFERENTIABLE), "Autograd", with_keyset=True)
-_library.impl("backward", _under_autograd(_OnceDifferentiable, backward, 9), "Autograd", with_keyset=True)
+_library.impl("forward", _under_autograd(_Attention, forward, _TENSORS), "Autograd", with_keyset=True)
+_library.impl("backward", _under_autograd(_OnceDifferentiable, backward, 4 + _TENSORS), "Autograd", with_keyset=True)
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
@@ -172,6 +178,6 @@ def attend(*args: Any) -> tuple[Tensor, Tensor]:
     takes as long as a short kernel."""
     if not _unobserved(args[:_TENSORS]):
         return forward(*args)  # type: ignore[no-any-return]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:_DIFFERENTIABLE]):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:_TENSORS]):
         return _Attention.apply(None, *args)  # type: ignore[no-any-return]
     return _forward(*args)

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from rmt_kernels.layout import SegmentLayout
+from rmt_kernels.layout import Region, SegmentLayout
 from rmt_kernels.philox import dropout_keep
+from rmt_kernels.relative import Relative, Terms
 
 __all__ = ["reference_attention", "segment_mask"]
 
@@ -53,6 +54,40 @@ def segment_mask(
     return mask, rows
 
 
+def _offsets(layout: SegmentLayout, rows: torch.Tensor) -> torch.Tensor:
+    """Of every key from every row's own key, int64 (batch, queries, keys); ``rows`` (batch, queries) as above."""
+    own = [
+        layout.key_offset(region) + torch.arange(form.rows, device=rows.device)
+        for region, form in zip(tuple(Region)[1:], layout.forms, strict=True)
+    ]
+    return torch.arange(layout.num_keys, device=rows.device) - torch.cat(own)[rows][..., None]
+
+
+def _scores(
+    query: torch.Tensor, key: torch.Tensor, scale: float, terms: Terms | None, offsets: torch.Tensor | None
+) -> torch.Tensor:
+    """(batch, heads, queries, keys)"""
+    if terms is None or offsets is None:
+        return (query @ key.transpose(-1, -2)) * scale
+    content = query if terms.content_bias is None else query + terms.content_bias[:, None]
+    scores = content @ key.transpose(-1, -2)
+    # Offsets outside the table are those of hidden keys: any entry will do.
+    if terms.key is not None:
+        entry = (offsets + terms.reach).clamp(0, terms.key.shape[1] - 1)[:, None].expand(scores.shape)
+        position = query if terms.position_bias is None else query + terms.position_bias[:, None]
+        products = position @ terms.key.transpose(-1, -2)  # (batch, heads, queries, offsets)
+        here = products.gather(-1, entry)
+        if terms.shifted:
+            following = torch.cat([products[:, :, 1:], torch.zeros_like(products[:, :, :1])], dim=2)
+            here = torch.where(offsets[:, None] > 0, following.gather(-1, entry), here)
+        scores = scores + here
+    scores = scores * scale
+    if terms.bias is not None:
+        entry = (offsets + terms.reach).clamp(0, terms.bias.shape[1] - 1)
+        scores = scores + terms.bias[:, entry].transpose(0, 1).to(scores.dtype)
+    return scores
+
+
 def reference_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -67,11 +102,13 @@ def reference_attention(
     query_start: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
+    relative: Relative | Terms | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)`` of :func:`rmt_kernels.segment_attention`, from a dense mask, in the dtype given (float64 too).
 
     Twice differentiable. Arguments are as in ``segment_attention`` and are taken as valid; lse has the dtype of the
-    scores. A row that sees nothing gives out 0, lse -inf and gradients 0.
+    scores. A row that sees nothing gives out 0, lse -inf and gradients 0. ``relative`` may be a :class:`Relative`, or
+    the :class:`~rmt_kernels.relative.Terms` of one.
     """
     if cache is not None:
         key, value = torch.cat([cache[0], key], dim=2), torch.cat([cache[1], value], dim=2)
@@ -84,7 +121,9 @@ def reference_attention(
     mask = mask[:, None]
     blind = ~mask.any(dim=-1, keepdim=True)  # rows that see nothing
 
-    scores = (query @ key.transpose(-1, -2)) * (head_dim**-0.5 if scale is None else scale)
+    terms = relative.terms(layout, query) if isinstance(relative, Relative) else relative
+    offsets = None if terms is None else _offsets(layout, rows)
+    scores = _scores(query, key, head_dim**-0.5 if scale is None else scale, terms, offsets)
     # A blind row is given finite scores, so that no NaN arises in its gradient, and its results are replaced.
     scores = scores.masked_fill(~mask, float("-inf")).masked_fill(blind, 0.0)
     lse = scores.logsumexp(dim=-1).masked_fill(blind[..., 0], float("-inf"))

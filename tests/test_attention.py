@@ -112,7 +112,7 @@ BAD: list[tuple[str, type[Exception], Call]] = [
     *(("dropout_p", ValueError, {"dropout_p": value}) for value in (-0.1, 1, 1.0, 2.0, float("nan"), float("inf"))),
     ("seed", ValueError, {"dropout_p": 0.1, "seed": torch.tensor(3)}),
     ("seed", ValueError, {"dropout_p": 0.1, "seed": torch.tensor([3, 4])}),
-    ("relative", ValueError, {"relative": object()}),
+    ("relative", TypeError, {"relative": object()}),
     ("backend", ValueError, {"backend": "fastest"}),
     ("backend", ValueError, {"backend": ""}),
     ("backend", (TypeError, ValueError), {"backend": None}),  # type: ignore[list-item]
@@ -440,7 +440,7 @@ OP_CASES = {
 
 def operator_call(backend: str, layout: SegmentLayout, given: Call) -> tuple[Any, ...]:
     """The operator's arguments in the order of its schema; tensors that are not given are None."""
-    given = {"layout": layout.ints, "scale": 0.25, "dropout_p": 0.0, "relative": "", "backend": backend} | given
+    given = {"layout": layout.ints, "scale": 0.25, "dropout_p": 0.0, "relative": (), "backend": backend} | given
     return tuple(given.get(argument.name) for argument in ops.forward._schema.arguments)
 
 

@@ -257,7 +257,7 @@ def test_a_sample_out_of_range_shows_and_others_do_not_suffer(name: str, rows: s
     problem = make(Case(layout, batch=4, kv_heads=1, group=group, dtype=HALF, head_dim=16), DEVICE)
     inputs = problem.inputs
     arguments: dict[str, Any] = {
-        "layout": layout.ints, "scale": 0.2, "dropout_p": 0.0, "relative": "", "backend": "cuda", name: given,
+        "layout": layout.ints, "scale": 0.2, "dropout_p": 0.0, "relative": (), "backend": "cuda", name: given,
         **{n: inputs[n].detach() for n in ("query", "key", "value")},
     }  # fmt: skip
     positional = [arguments.get(argument.name) for argument in ops.forward._schema.arguments]

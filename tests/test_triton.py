@@ -88,7 +88,7 @@ def test_a_sample_out_of_range_shows_and_others_do_not_suffer(name: str, values:
     problem = make(Case(layout, batch=4, kv_heads=1), DEVICE)
     inputs = problem.inputs
     arguments: dict[str, Any] = {
-        "layout": layout.ints, "scale": 0.2, "dropout_p": 0.0, "relative": "", "backend": "triton", name: given,
+        "layout": layout.ints, "scale": 0.2, "dropout_p": 0.0, "relative": (), "backend": "triton", name: given,
         **{n: inputs[n].detach() for n in ("query", "key", "value")},
     }  # fmt: skip
     positional = [arguments.get(argument.name) for argument in ops.forward._schema.arguments]

@@ -9,9 +9,11 @@ import torch
 
 from rmt_kernels import ops
 from rmt_kernels.layout import SegmentLayout
+from rmt_kernels.relative import Terms
 
 __all__ = ["Call", "check_values", "run_kernels"]
 
+_NOT_RELATIVE = (None, None, None, None)
 _CHECK = os.environ.get("RMT_KERNELS_CHECK", "0") == "1"
 
 
@@ -32,6 +34,7 @@ class Call:
     dropout_p: float
     seed: torch.Tensor | None  # int64 (1,)
     return_lse: bool
+    relative: Terms | None = None
 
 
 def check_values(call: Call) -> None:
@@ -57,8 +60,8 @@ def check_values(call: Call) -> None:
 def run_kernels(call: Call, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)`` by the kernels that are registered under a name."""
     cache_key, cache_value = call.cache or (None, None)
+    tensors, ints = (_NOT_RELATIVE, ()) if call.relative is None else (call.relative[:4], call.relative.ints)
     return ops.attend(
         call.query, call.key, call.value, cache_key, cache_value, call.token_lengths, call.token_starts,
-        call.cache_starts, call.query_start, call.seed, None, None, None, call.layout.ints, call.scale, call.dropout_p,
-        "", name,
+        call.cache_starts, call.query_start, call.seed, *tensors, call.layout.ints, call.scale, call.dropout_p, ints, name,
     )  # fmt: skip

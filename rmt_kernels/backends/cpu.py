@@ -38,6 +38,8 @@ def supports(call: Call) -> str | None:
     """None where the kernels serve the call, otherwise the reason why not."""
     if why_missing:
         return why_missing
+    if call.relative is not None:
+        return "it has no distance-dependent scores (relative=) yet"
     if call.query.device.type != "cpu":
         return f"it runs on CPU tensors, got {call.query.device}"
     if call.query.dtype not in _DTYPES:

@@ -6,6 +6,7 @@ import torch
 
 from rmt_kernels.backends.call import Call, check_values
 from rmt_kernels.reference import reference_attention
+from rmt_kernels.relative import Terms
 
 __all__ = ["run", "supports"]
 
@@ -13,6 +14,11 @@ __all__ = ["run", "supports"]
 def supports(call: Call) -> str | None:
     """The reference serves every call."""
     return None
+
+
+def _widened(terms: Terms, dtype: torch.dtype) -> Terms:
+    key, bias, content_bias, position_bias = (None if t is None else t.to(dtype) for t in terms[:4])
+    return Terms(key, bias, content_bias, position_bias, terms.reach, terms.shifted)
 
 
 def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,5 +32,6 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
             cache=None if call.cache is None else (call.cache[0].to(wide), call.cache[1].to(wide)),
             scale=call.scale, token_lengths=call.token_lengths, token_starts=call.token_starts,
             cache_starts=call.cache_starts, query_start=call.query_start, dropout_p=call.dropout_p, seed=call.seed,
+            relative=None if call.relative is None else _widened(call.relative, wide),
         )  # fmt: skip
     return out.to(dtype), lse

@@ -31,6 +31,8 @@ class Composition:
 
     def supports(self, call: Call) -> str | None:
         """None where the composition serves the call, otherwise the reason why not."""
+        if call.relative is not None:
+            return "stock attention has no distance-dependent scores that are not (queries x keys) matrices"
         if call.return_lse:
             return "stock attention does not return a differentiable lse"
         if call.dropout_p > 0.0:

@@ -104,6 +104,8 @@ def supports(call: Call) -> str | None:
     """None where the kernels serve the call, otherwise the reason why not."""
     if why_missing:
         return why_missing
+    if call.relative is not None:
+        return "it has no distance-dependent scores (relative=); use backend='triton'"
     device, dtype, head_dim = call.query.device, call.query.dtype, call.query.shape[-1]
     if device.type != ("cpu" if EMULATED else "cuda"):
         return f"it runs on {'CPU tensors, emulated' if EMULATED else 'CUDA tensors'}, got {device}"

@@ -54,8 +54,8 @@ def _plan_backward(query: Tensor, key: Tensor, options: tuple[Any, ...], strides
 def forward(
     query: Tensor, key: Tensor, value: Tensor, cache_key: Tensor | None, cache_value: Tensor | None,
     token_lengths: Tensor | None, token_starts: Tensor | None, cache_starts: Tensor | None, query_start: Tensor | None,
-    seed: Tensor | None, relative_key: Tensor | None, content_bias: Tensor | None, position_bias: Tensor | None,
-    layout: list[int], scale: float, dropout_p: float, relative: str,
+    seed: Tensor | None, relative_key: Tensor | None, relative_bias: Tensor | None, content_bias: Tensor | None,
+    position_bias: Tensor | None, layout: list[int], scale: float, dropout_p: float, relative: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator ``rmt_kernels::forward``."""
     with on(query.device):
@@ -83,8 +83,8 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
     cache_key: Tensor | None, cache_value: Tensor | None, token_lengths: Tensor | None, token_starts: Tensor | None,
     cache_starts: Tensor | None, query_start: Tensor | None, seed: Tensor | None, relative_key: Tensor | None,
-    content_bias: Tensor | None, position_bias: Tensor | None, layout: list[int], scale: float, dropout_p: float,
-    relative: str,
+    relative_bias: Tensor | None, content_bias: Tensor | None, position_bias: Tensor | None, layout: list[int],
+    scale: float, dropout_p: float, relative: tuple[int, ...],
 ) -> Gradients:  # fmt: skip
     """The operator ``rmt_kernels::backward``."""
     with on(query.device):

@@ -42,6 +42,8 @@ def supports(call: Call) -> str | None:
     """None where the kernels serve the call, otherwise the reason why not."""
     if why_missing:
         return why_missing
+    if call.relative is not None:
+        return "it has no distance-dependent scores (relative=) yet"
     device, dtype = call.query.device, call.query.dtype
     if device.type != ("cpu" if _INTERPRETED else "cuda"):
         return f"it runs on CUDA tensors, got {device}"

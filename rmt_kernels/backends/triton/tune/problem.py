@@ -134,7 +134,7 @@ class Problem:
         given: dict[str, Any] = dict(zip(("query", "key", "value"), self._inputs, strict=True))
         given |= {
             "seed": self._seed, "layout": list(self.case.layout.ints), "scale": self.key.width**-0.5,
-            "dropout_p": self._dropout, "relative": "",
+            "dropout_p": self._dropout, "relative": (),
         }  # fmt: skip
         operator: Callable[..., tuple[Tensor, ...]] = operators.forward
         chooser, names = "forward_config", _RESULTS
