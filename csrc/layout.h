@@ -50,6 +50,16 @@ RMT_HD int layout_row(const Layout& layout, const Sample& sample, int q) {
   return sample.query_start >= 0 ? layout.form[0].rows + sample.query_start + q : layout.skip + q;
 }
 
+// Index of that row's own key among the keys.
+RMT_HD int own_key(const Layout& layout, const Sample& sample, int q) {
+  int p = layout_row(layout, sample, q), region = 0, first = layout.cache;
+  while (region < 2 && p >= layout.form[region].rows) {
+    p -= layout.form[region].rows;
+    first += region++ == 0 ? layout.read : layout.tokens;
+  }
+  return first + p;
+}
+
 RMT_HD int min_int(int a, int b) { return a < b ? a : b; }
 RMT_HD int max_int(int a, int b) { return a > b ? a : b; }
 

@@ -1,6 +1,7 @@
 // The module rmt_kernels._cpu: tensors in, tensors out. Shapes, dtypes and devices were checked in attention.py; the
 // values of lengths and starts are checked here.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -67,7 +68,9 @@ struct Call {
   Call(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& cache_key,
        const MaybeTensor& cache_value, const MaybeTensor& lengths, const MaybeTensor& starts,
        const MaybeTensor& cache_starts, const MaybeTensor& query_start, const MaybeTensor& seed,
-       const std::vector<int64_t>& layout, double scale, double dropout_p) {
+       const MaybeTensor& relative_key, const MaybeTensor& relative_bias, const MaybeTensor& content_bias,
+       const MaybeTensor& position_bias, const std::vector<int64_t>& layout, double scale, double dropout_p,
+       const std::vector<int64_t>& relative) {
     auto& p = problem;
     p.type = type_of(query);
     p.layout = rmt::parse_layout(layout);
@@ -89,6 +92,19 @@ struct Call {
     }
     p.query = read(query), p.key = read(key), p.value = read(value);
     if (cache_key) p.cache_key = read(*cache_key), p.cache_value = read(*cache_value);
+    if (relative.empty()) return;
+    auto& r = p.relative;
+    r.reach = relative.at(0), r.shifted = relative.at(1);
+    const MaybeTensor& table = relative_key ? relative_key : relative_bias;
+    r.offsets = table ? table->size(1) : 0;
+    r.key = flat(relative_key), r.content_bias = flat(content_bias), r.position_bias = flat(position_bias);
+    r.bias = reinterpret_cast<const float*>(flat(relative_bias));
+  }
+
+  char* flat(const MaybeTensor& t) {
+    if (!t) return nullptr;
+    kept.push_back(t->contiguous());
+    return static_cast<char*>(kept.back().data_ptr());
   }
 
   void run(size_t (*bytes)(const rmt::Problem&, int), void (*kernel)(const rmt::Problem&, const rmt::Runtime&)) {
@@ -108,11 +124,13 @@ struct Call {
 #define RMT_SHARED                                                                                                   \
   const Tensor &query, const Tensor &key, const Tensor &value, const MaybeTensor &cache_key,                         \
       const MaybeTensor &cache_value, const MaybeTensor &lengths, const MaybeTensor &starts,                         \
-      const MaybeTensor &cache_starts, const MaybeTensor &query_start, const MaybeTensor &seed, const MaybeTensor &, \
-      const MaybeTensor &, const MaybeTensor &, const std::vector<int64_t>&layout, double scale, double dropout_p,   \
-      const std::string &
-#define RMT_PASS \
-  query, key, value, cache_key, cache_value, lengths, starts, cache_starts, query_start, seed, layout, scale, dropout_p
+      const MaybeTensor &cache_starts, const MaybeTensor &query_start, const MaybeTensor &seed,                     \
+      const MaybeTensor &relative_key, const MaybeTensor &relative_bias, const MaybeTensor &content_bias,            \
+      const MaybeTensor &position_bias, const std::vector<int64_t>&layout, double scale, double dropout_p,           \
+      const std::vector<int64_t>&relative
+#define RMT_PASS                                                                                                \
+  query, key, value, cache_key, cache_value, lengths, starts, cache_starts, query_start, seed, relative_key,    \
+      relative_bias, content_bias, position_bias, layout, scale, dropout_p, relative
 
 std::tuple<Tensor, Tensor> forward(RMT_SHARED) {
   Call call(RMT_PASS);
@@ -123,8 +141,9 @@ std::tuple<Tensor, Tensor> forward(RMT_SHARED) {
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const MaybeTensor& grad_lse,
-                                                            const Tensor& out, const Tensor& lse, RMT_SHARED) {
+// Gradients of query, key, value and cache; where there are distance-dependent scores, of their four tensors too.
+std::vector<Tensor> backward(const Tensor& grad_out, const MaybeTensor& grad_lse, const Tensor& out, const Tensor& lse,
+                             RMT_SHARED) {
   Call call(RMT_PASS);
   auto& p = call.problem;
   Tensor dq = like(query), dk = like(key), dv = like(value), dck, dcv;
@@ -136,8 +155,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   dck = cache_key ? like(*cache_key) : at::empty({0}, query.options());
   dcv = cache_value ? like(*cache_value) : at::empty({0}, query.options());
   if (cache_key) p.grad_cache_key = matrix(dck), p.grad_cache_value = matrix(dcv);
+  std::vector<Tensor> found{dq, dk, dv, dck, dcv};
+  if (!relative.empty()) {
+    const auto gradient = [&](const MaybeTensor& t) {
+      // Nothing is summed where there are no rows.
+      found.push_back(t ? at::zeros_like(*t, at::MemoryFormat::Contiguous) : at::empty({0}, query.options()));
+      return t ? static_cast<char*>(found.back().data_ptr()) : nullptr;
+    };
+    p.relative.grad_key = gradient(relative_key);
+    p.relative.grad_bias = reinterpret_cast<float*>(gradient(relative_bias));
+    p.relative.grad_content_bias = gradient(content_bias);
+    p.relative.grad_position_bias = gradient(position_bias);
+  }
   call.run(rmt::kernels().backward_scratch, rmt::kernels().backward);
-  return {dq, dk, dv, dck, dcv};
+  return found;
 }
 
 // The row arithmetic, for tests: (lo, hi, gap lo, gap hi, own) of each query row of a sample.

@@ -1,7 +1,7 @@
 // Forward: a tile of query rows walks the keys that its rows see, 64 at a time, with an online softmax.
 #pragma once
 
-#include "tile.h"
+#include "offsets.h"
 
 namespace rmt::RMT_ISA {
 
@@ -11,6 +11,7 @@ class Forward {
   static constexpr int kRows = Engine::tile_rows;
   static constexpr int kBlock = 8 * kPanel;    // keys between two rescalings of the output
   static constexpr int kStride = kBlock + 16;  // of a block in memory: a power of two would crowd a few cache sets
+  static constexpr int kEntries = kBlock + kRows + 48;  // of a table, that a block's rows and keys meet
 
   struct Packed {  // keys and values of one (batch, key/value head)
     E* keys;       // [panels][staged / pair][64][pair]: K^T
@@ -21,17 +22,21 @@ class Forward {
     float *s, *o;      // (rows, block), (rows, width)
     float* keep;       // (block)
     Row* rows;
+    E* position;      // (rows + 1, staged): query + position bias, the row after the tile's last one too
+    float* products;  // (rows + 1, entries): with the table
   };
 
   const Problem& p_;
   const Runtime& rt_;
   const Sizes<Engine> n_;
+  const Offsets<Engine, T> offsets_;
   const float c_;            // scores times this are in units of log2
-  const bool scaled_first_;  // c_ <= 0: scores are scaled before they are masked and compared
+  const bool scaled_first_;  // c_ <= 0, or a table adds to them: scores are scaled before they are masked and compared
   const int heads_a_tile_;   // short queries: rows of several heads of a group share a tile
   const int tiles_a_head_;
 
   static int heads_a_tile(const Problem& p) {
+    if (p.relative.any()) return 1;  // the tables are a head's own
     return p.queries > kRows / 2 ? 1 : max_int(1, min_int(p.group(), kRows / max_int(1, p.queries)));
   }
   int tiles_a_unit() const { return (p_.group() + heads_a_tile_ - 1) / heads_a_tile_ * tiles_a_head_; }
@@ -42,7 +47,7 @@ class Forward {
     return {keys, arena.take<E>(n_.packed(n_.keys))};
   }
   Workspace carve_workspace(Arena& arena) const {
-    Workspace w;
+    Workspace w{};
     w.stage = arena.take<E>(kPanel * n_.staged);
     w.q = arena.take<E>(kRows * n_.staged);
     w.s = arena.take<float>(kRows * kStride);
@@ -50,6 +55,10 @@ class Forward {
     w.o = arena.take<float>(kRows * n_.width);
     w.keep = arena.take<float>(kBlock);
     w.rows = arena.take<Row>(kRows);
+    if (p_.relative.key) {
+      w.position = arena.take<E>((kRows + 1) * n_.staged);
+      w.products = arena.take<float>((kRows + 1) * kEntries);
+    }
     return w;
   }
   size_t packed_bytes() const {
@@ -62,12 +71,21 @@ class Forward {
     carve_workspace(count);
     return count.used();
   }
+  size_t tables_bytes() const {
+    Arena count;
+    offsets_.carve(count, false);
+    return count.used();
+  }
+  typename Offsets<Engine, T>::Tables tables(int h) const {
+    Arena arena(rt_.scratch + h * tables_bytes());
+    return offsets_.carve(arena, false);
+  }
   Packed packed(int slot) const {
-    Arena arena(rt_.scratch + slot * packed_bytes());
+    Arena arena(rt_.scratch + p_.heads * tables_bytes() + slot * packed_bytes());
     return carve_packed(arena);
   }
   Workspace workspace(int thread, int slots) const {
-    Arena arena(rt_.scratch + slots * packed_bytes() + thread * workspace_bytes());
+    Arena arena(rt_.scratch + p_.heads * tables_bytes() + slots * packed_bytes() + thread * workspace_bytes());
     return carve_workspace(arena);
   }
 
@@ -105,6 +123,48 @@ class Forward {
     return factor;
   }
 
+  // The rows of a tile that meet the tables' keys: query + position bias. One more where keys ahead meet the next row.
+  void stage_positions(const Workspace& w, int b, int h, int q0, int count) const {
+    const T* bias = vector_of(p_.relative.position_bias, h);
+    for (int i = 0; i <= count; ++i) {
+      E* row = w.position + i * n_.staged;
+      if (q0 + i < p_.queries && (i < count || p_.relative.shifted)) {
+        stage_row(row, row_at<T>(p_.query, b, h, q0 + i), p_.head_dim, n_.staged);
+        if (bias) add_bias(row, bias, p_.head_dim);
+      } else {
+        memset(row, 0, sizeof(E) * n_.staged);
+      }
+    }
+  }
+  const T* vector_of(const char* biases, int h) const {
+    return biases ? reinterpret_cast<const T*>(biases) + static_cast<int64_t>(h) * p_.head_dim : nullptr;
+  }
+
+  // Scores of rows [0, count) and keys [from, to), scaled, with what the tables add. `own`: the first row's own key.
+  void add_offsets(const Workspace& w, int h, int own, int count, int from, int to) const {
+    const auto tables = this->tables(h);
+    const int begin = offsets_.column(from, own + count - 1) / 16 * 16;
+    const int end = round_up(offsets_.column(to - 1, own) + 1, 16), keys = to - from;
+    const bool shifted = p_.relative.shifted && to > own + 1;  // some key lies ahead of some row's own
+    if (p_.relative.key)
+      offsets_.multiply(rt_, count + shifted, w.position, tables, begin, end, w.products, kEntries);
+    for (int i = 0; i < count; ++i) {
+      float* s = w.s + i * kStride;
+      const int column = offsets_.column(from, own + i);
+      float* product = p_.relative.key ? w.products + i * kEntries + column - begin : nullptr;
+      const int ahead = max_int(0, own + i + 1 - from);
+      if (shifted && ahead < keys) memcpy(product + ahead, product + kEntries + ahead, sizeof(float) * (keys - ahead));
+      const float* bias = p_.relative.bias ? tables.bias + column : nullptr;
+      for (int j = 0; j < keys; j += W) {
+        vf x = load<vf>(s + j);
+        if (p_.relative.key) x += load<vf>(product + j);
+        x *= c_;
+        if (p_.relative.bias) x += load<vf>(bias + j);
+        store(s + j, x);
+      }
+    }
+  }
+
   void tile(const Packed& packed, const Workspace& w, int b, int g, int index) const {
     const int q0 = index % tiles_a_head_ * kRows, queries = min_int(kRows, p_.queries - q0);
     const int first = index / tiles_a_head_ * heads_a_tile_;  // head within the group
@@ -122,7 +182,10 @@ class Forward {
       sum[i] = 0.0f;
       if (q + kRows < p_.queries) prefetch_row(row_at<T>(p_.query, b, h0 + i / queries, q + kRows), p_.head_dim);
       stage_row(w.q + i * n_.staged, row_at<T>(p_.query, b, h0 + i / queries, q), p_.head_dim, n_.staged);
+      if (p_.relative.content_bias)
+        add_bias(w.q + i * n_.staged, vector_of(p_.relative.content_bias, h0), p_.head_dim);
     }
+    if (p_.relative.key) stage_positions(w, b, h0, q0, count);
     const Span span = span_of(w.rows, count);
     bool summed = span.hi == 0 || span.any_own();  // whether `o` holds numbers to add to
     if (summed) memset(w.o, 0, sizeof(float) * count * n_.width);
@@ -144,11 +207,12 @@ class Forward {
       for (int j = 0; j < keys; j += kPanel)
         Engine::gemm(rt_, count, min_int(kPanel, keys - j), n_.depth, w.q, n_.staged,
                      packed.keys + (from + j) / kPanel * n_.transposed_panel(), kPanel, w.s + j, kStride, false);
+      if (p_.relative.tables()) add_offsets(w, h0, own_key(p_.layout, sample, q0), count, from, to);
       const bool masked = !span.open(from, to);
       for (int i = 0; i < count; ++i) {
         float* s = w.s + i * kStride;
         E* p = w.p + i * kStride;
-        if (scaled_first_)
+        if (scaled_first_ && !p_.relative.tables())
           for (int j = 0; j < keys; j += W) store(s + j, load<vf>(s + j) * c_);
         if (masked) mask_row(s, from, to, w.rows[i]);
         const float factor = softmax_row(s, p, keys, c, pivot[i], sum[i]);
@@ -192,18 +256,25 @@ class Forward {
       : p_(p),
         rt_(rt),
         n_(p),
+        offsets_(p, n_),
         c_(p.scale * kLog2e),
-        scaled_first_(c_ <= 0.0f),
+        scaled_first_(c_ <= 0.0f || p.relative.tables()),
         heads_a_tile_(heads_a_tile(p)),
         tiles_a_head_((p.queries + kRows - 1) / kRows) {}
 
   static size_t scratch(const Problem& p, int threads) {
     const Runtime none{};
     const Forward f(p, none);
-    return (by_unit(p, threads) ? threads : f.units()) * f.packed_bytes() + threads * f.workspace_bytes();
+    return p.heads * f.tables_bytes() + (by_unit(p, threads) ? threads : f.units()) * f.packed_bytes() +
+           threads * f.workspace_bytes();
   }
 
   void run() const {
+    if (p_.relative.tables())
+      rt_.parallel(
+          rt_.threads, p_.heads * offsets_.panels,
+          [](void* self, int item, int thread) { static_cast<const Forward*>(self)->pack_tables(item, thread); },
+          const_cast<Forward*>(this));
     if (by_unit(p_, rt_.threads)) {
       rt_.parallel(
           rt_.threads, units(),
@@ -230,6 +301,10 @@ class Forward {
     for (int panel = 0; panel < n_.key_panels; ++panel) pack(to, w, b, g, live, panel);
     for (int t = 0; t < tiles_a_unit(); ++t) tile(to, w, b, g, t);
     Engine::release(rt_);
+  }
+  void pack_tables(int item, int thread) const {
+    const int h = item / offsets_.panels, slots = by_unit(p_, rt_.threads) ? rt_.threads : units();
+    offsets_.pack(tables(h), workspace(thread, slots).stage, h, item % offsets_.panels);
   }
   void shared_pack(int item, int thread) const {
     const int u = item / n_.key_panels, b = u / p_.kv_heads;
