@@ -50,7 +50,8 @@ def segment_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SegmentLayout, *, cache: Cache | None = ...,
     scale: float | None = ..., token_lengths: torch.Tensor | None = ..., token_starts: torch.Tensor | None = ...,
     cache_starts: torch.Tensor | None = ..., query_start: torch.Tensor | None = ..., dropout_p: float = ...,
-    seed: torch.Tensor | None = ..., relative: Relative | None = ..., return_lse: Literal[False] = ..., backend: str = ...,
+    seed: torch.Tensor | None = ..., relative: Relative | None = ..., return_lse: Literal[False] = ...,
+    backend: str = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 @overload
 def segment_attention(

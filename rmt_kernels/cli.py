@@ -1,4 +1,4 @@
-"""The command line: ``python -m rmt_kernels info | demo | bench``, also installed as ``rmt-kernels``."""
+"""The command line: ``python -m rmt_kernels info | demo | bench | train``, also installed as ``rmt-kernels``."""
 
 from __future__ import annotations
 
@@ -134,6 +134,12 @@ def _bench(arguments: Sequence[str]) -> int:
     return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=_CHECKOUT, check=False).returncode
 
 
+def _train(arguments: Sequence[str]) -> int:
+    from rmt_kernels.training import command
+
+    return command.main(arguments)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run it; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m rmt_kernels", description="Segment attention kernels.")
@@ -142,9 +148,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("demo", help="draw the preset layouts and check segment_attention on each")
     # No help of its own: --help, too, goes to python -m benchmarks.
     commands.add_parser("bench", add_help=False, help="run a checkout's benchmarks: python -m benchmarks with the rest")
+    commands.add_parser("train", add_help=False, help="train a published system on a task: train --help says more")
     options, rest = parser.parse_known_args(arguments)
     if options.command == "bench":
         return _bench(rest)
+    if options.command == "train":
+        return _train(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return _info() if options.command == "info" else _demo()

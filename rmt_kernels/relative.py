@@ -157,10 +157,8 @@ def _table(name: str, given: Tensor, heads: int, rows: int, last: tuple[int, ...
             f"relative.{name} must hold {rows} distances, 0 to {rows - 1}, for this layout, got {held}; to treat all "
             "farther ones alike, repeat its last row"
         )
-    if name == "bias":
-        given = given.to(torch.promote_types(query.dtype, torch.float32))
-    else:
-        given = _cast(name, given, query)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    given = given.to(wide) if name == "bias" else _cast(name, given, query)
     return given.expand(heads, *given.shape[1:])
 
 

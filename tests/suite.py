@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmt_kernels import Region, SegmentLayout, attention, reference_attention
+from rmt_kernels import Region, Relative, SegmentLayout, attention, reference, reference_attention
 from rmt_kernels.backends import cuda
 from rmt_kernels.philox import dropout_keep
 from rmt_kernels.reference import segment_mask
@@ -83,6 +83,17 @@ def nan_filled_memory() -> Iterator[None]:
         settings.fill_uninitialized_memory = before[1]
 
 
+# The tensors of a Relative, and its mode.
+RELATIVE: dict[str, tuple[tuple[str, ...], str]] = {
+    "transformer-xl": (("key", "content_bias", "position_bias"), "clean"),
+    "shifted": (("key", "content_bias", "position_bias"), "shifted"),
+    "key": (("key",), "clean"),
+    "bias": (("bias",), "clean"),
+    "content": (("content_bias",), "clean"),
+    "all": (("key", "content_bias", "position_bias", "bias"), "clean"),
+    "all shifted": (("key", "position_bias", "bias"), "shifted"),
+}
+
 # -- cases -------------------------------------------------------------------------------------------------------------
 
 
@@ -104,6 +115,7 @@ class Case:
     scale: float | None = None
     strides: str = "plain"  # how query, key and value lie in memory: see _lay
     grads: str = "both"  # gradients flow from "both" out and lse, "out" alone, "lse" alone, or out's "sum"
+    relative: str = ""  # distance-dependent scores: a key in RELATIVE
     scores: str = "random"  # "random"; "large": inputs x 50; "low": every score is -2^20 / sqrt(head_dim)
     seed: int = 0
 
@@ -118,6 +130,7 @@ class Case:
         words += [f"window{self.layout.window}"] if self.layout.window else []
         words += [f"skip{self.layout.skip}"] if self.layout.skip else []
         words += [name for name in ("stale", "start", "apart") if getattr(self, name)]
+        words += [f"relative {self.relative}"] if self.relative else []
         words += [f"dropout{self.dropout_p}"] if self.dropout_p else []
         words += [f"scale{self.scale}"] if self.scale is not None else []
         words += [word for word in (self.strides, self.grads, self.scores) if word not in ("plain", "both", "random")]
@@ -129,10 +142,15 @@ class Problem:
     """A case's tensors. ``inputs`` are leaves with the memory layout that the case asks for."""
 
     case: Case
-    inputs: dict[str, Tensor]  # query, key, value, and where CACHE is given apart cache_key, cache_value
+    inputs: dict[str, Tensor]  # query, key, value; where there are any cache_key, cache_value, relative_key and so on
     options: dict[str, Any]  # the keyword arguments of both segment_attention and reference_attention
     grad_out: Tensor | None
     grad_lse: Tensor | None
+
+    def relative(self, tensors: dict[str, Tensor]) -> Relative:
+        """The case's Relative, made of these tensors."""
+        names, mode = RELATIVE[self.case.relative]
+        return Relative(**{name: tensors[f"relative_{name}"] for name in names}, mode=mode)
 
     def arguments(self, dtype: torch.dtype | None = None) -> tuple[list[Tensor], dict[str, Any], list[Tensor]]:
         """``(positional, keywords, leaves)`` for a call in ``dtype`` (default: the case's)."""
@@ -141,6 +159,8 @@ class Problem:
         options = dict(self.options)
         if self.case.apart:
             options["cache"] = (leaves["cache_key"], leaves["cache_value"])
+        if self.case.relative:
+            options["relative"] = self.relative(leaves)
         return [leaves["query"], leaves["key"], leaves["value"]], options, list(leaves.values())
 
 
@@ -187,6 +207,12 @@ def make(case: Case, device: str = "cpu") -> Problem:
             "cache_key": key[:, :, :size], "cache_value": value[:, :, :size],
         }  # fmt: skip
     inputs = {name: _lay(tensor.to(case.dtype).to(device), case.strides, name) for name, tensor in tensors.items()}
+    if case.relative:
+        rows = layout.num_keys + 1 + case.seed % 3
+        sizes: dict[str, tuple[int, ...]] = {"key": (rows, case.head_dim), "bias": (rows,)}
+        for name in RELATIVE[case.relative][0]:
+            drawn = torch.randn(heads, *sizes.get(name, (case.head_dim,)), generator=generator)
+            inputs[f"relative_{name}"] = drawn.to(case.dtype).to(device)
 
     def per_batch(most: int) -> Tensor:
         """Both ends of the range where the batch is long enough, then anything between."""
@@ -292,6 +318,49 @@ def expected(case: Case, with_lse: bool = True) -> Expected:
     return Expected(exact, stock, single, noise, ~mask.any(dim=2), ~mask.any(dim=1))
 
 
+class _Squares:
+    """Scores with every factor squared, in which a case with ``relative`` is linear: what rounding moves."""
+
+    def __init__(self, problem: Problem, inputs: dict[str, Tensor], key: Tensor, offsets: Tensor | None) -> None:
+        self.problem, query = problem, inputs["query"]
+        content = query + inputs["relative_content_bias"][:, None] if "relative_content_bias" in inputs else query
+        position = query + inputs["relative_position_bias"][:, None] if "relative_position_bias" in inputs else query
+        self.factors = {"content": content**2, "keys": key**2, "position": position**2} | {
+            name: inputs[name] ** 2 for name in ("relative_key", "relative_bias") if name in inputs
+        }
+        for factor in self.factors.values():
+            factor.requires_grad_(bool(problem.case.relative))
+        self.scores = self.factors["content"] @ self.factors["keys"].mT
+        self.bias = torch.zeros_like(self.scores)
+        if "relative_key" in inputs:
+            self.scores = self.scores + self._table(key, offsets, key=self.factors["relative_key"])
+        if "relative_bias" in inputs:
+            self.bias = self._table(key, offsets, bias=self.factors["relative_bias"])
+
+    def _table(self, key: Tensor, offsets: Tensor | None, /, **table: Tensor) -> Tensor:
+        mode, position = RELATIVE[self.problem.case.relative][1], self.factors["position"]
+        terms = Relative(**table, mode=mode).terms(self.problem.case.layout, position)
+        return reference._scores(position, torch.zeros_like(key), 1.0, terms, offsets)
+
+    def gradients(self, terms: Tensor, scale: float) -> Results:
+        """The noise of gradients, from that of the gradient of every score; where ``relative`` changes it."""
+        case = self.problem.case
+        if not case.relative:
+            return {}
+        total = ((scale**2 * self.scores + self.bias) * terms).sum()
+        gradients = torch.autograd.grad(total, list(self.factors.values()), materialize_grads=True)
+        found = dict(zip(self.factors, gradients, strict=True))
+        squares = {
+            "query": found["content"] + found["position"],
+            "key": found["keys"].unflatten(1, (case.kv_heads, case.group)).sum(2),
+            "relative_content_bias": found["content"].sum((0, 2)),
+            "relative_position_bias": found["position"].sum((0, 2)),
+            **{name: square for name, square in found.items() if name.startswith("relative")},
+        }
+        wanted = [name for name in self.problem.inputs if name in squares]
+        return {f"grad {name}": squares[name].sqrt() for name in wanted}
+
+
 def _noise(problem: Problem, exact: Results, mask: Tensor, rows: Tensor, with_lse: bool) -> Results:
     """How far one rounding of every term moves each result: root of the sum of the squares, float64.
 
@@ -308,7 +377,10 @@ def _noise(problem: Problem, exact: Results, mask: Tensor, rows: Tensor, with_ls
     key, value = key.repeat_interleave(case.group, dim=1), value.repeat_interleave(case.group, dim=1)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     unit, unit32 = torch.finfo(case.dtype).eps / 2, torch.finfo(F32).eps / 2
-    scores = (scale * query @ key.mT).masked_fill(~mask, float("-inf"))
+    offsets = reference._offsets(case.layout, rows) if case.relative else None
+    tables = problem.relative(inputs).terms(case.layout, query) if case.relative else None
+    scores = reference._scores(query, key, scale, tables, offsets).masked_fill(~mask, float("-inf"))
+    squares = _Squares(problem, inputs, key, offsets)
     softmax = scores.softmax(dim=-1).nan_to_num(0.0)
     kept = torch.ones_like(softmax)
     if case.dropout_p:
@@ -323,14 +395,15 @@ def _noise(problem: Problem, exact: Results, mask: Tensor, rows: Tensor, with_ls
 
     # A sum of head_dim products, rounded after each addition.
     summing = unit32**2 * case.head_dim / 6
-    score = (unit32**2 + summing) * (scale**2 * (query**2) @ (key**2).mT).masked_fill(~mask, 0.0)
+    added = unit**2 if "_bias" in "".join(inputs) else 0.0  # a bias and the query are rounded together
+    score = (unit32**2 + summing + added) * (scale**2 * squares.scores.detach()).masked_fill(~mask, 0.0)
     lse = unit32**2 * (1 + exact["lse"].masked_fill(exact["lse"].isinf(), 0.0) ** 2) + (softmax * score).sum(-1)
     relative = unit**2 + unit32**2 * scores.masked_fill(~mask, 0.0) ** 2 + score + lse[..., None]
     weights = (softmax * kept) ** 2 * relative
     delta = (unit**2 + summing) * (grad_out * exact["out"]).pow(2).sum(-1) + unit32**2 * grad_lse**2
     slope = kept * (grad_out @ value.mT) - ((grad_out * exact["out"]).sum(-1) - grad_lse)[..., None]
     terms = (unit**2 + summing) * kept**2 * (grad_out**2 @ (value**2).mT) + delta[..., None] + slope**2 * relative
-    terms = scale**2 * softmax**2 * terms
+    terms = softmax**2 * terms
 
     def summed(squares: Tensor) -> Tensor:
         batch, _, rows, width = squares.shape
@@ -339,10 +412,11 @@ def _noise(problem: Problem, exact: Results, mask: Tensor, rows: Tensor, with_ls
     noise = {
         "out": (weights @ value**2).sqrt(),
         "lse": lse.sqrt(),
-        "grad query": (terms @ key**2).sqrt(),
-        "grad key": summed(terms.mT @ query**2),
+        "grad query": abs(scale) * (terms @ key**2).sqrt(),
+        "grad key": abs(scale) * summed(terms.mT @ query**2),
         "grad value": summed(weights.mT @ grad_out**2),
     }
+    noise |= squares.gradients(terms, scale)
     if case.apart:
         size = case.layout.key_size("cache")
         for name in ("key", "value"):
@@ -380,7 +454,7 @@ def complaints(case: Case, found: Results, want: Expected, factor: float = 2.0) 
             continue
         if name in ("out", "grad query") and got[blind].any():
             said.append(f"{name}: must be 0 where a row sees nothing")
-        if name not in ("out", "lse", "grad query"):
+        if name not in ("out", "lse", "grad query") and "relative" not in name:
             size = 0 if not case.apart else case.layout.key_size("cache")
             unseen = want.unseen[:, :size] if "cache" in name else want.unseen[:, size:]
             if got[unseen[:, None].expand(got.shape[:3])].any():

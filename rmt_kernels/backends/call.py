@@ -63,5 +63,6 @@ def run_kernels(call: Call, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     tensors, ints = (_NOT_RELATIVE, ()) if call.relative is None else (call.relative[:4], call.relative.ints)
     return ops.attend(
         call.query, call.key, call.value, cache_key, cache_value, call.token_lengths, call.token_starts,
-        call.cache_starts, call.query_start, call.seed, *tensors, call.layout.ints, call.scale, call.dropout_p, ints, name,
+        call.cache_starts, call.query_start, call.seed, *tensors, call.layout.ints, call.scale, call.dropout_p, ints,
+        name,
     )  # fmt: skip
