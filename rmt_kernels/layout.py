@@ -116,6 +116,7 @@ class SegmentLayout:
     ints: ClassVar[tuple[int, ...]]
     num_queries: ClassVar[int]
     num_keys: ClassVar[int]
+    _offsets: ClassVar[tuple[int, int] | str]
 
     def __post_init__(self) -> None:
         for name in ("cache", "read", "tokens", "write", "skip"):
@@ -145,6 +146,7 @@ class SegmentLayout:
         for form in self.forms:
             ints += [form.rows, form.lo, form.hi, form.step, form.own]
         put(self, "ints", tuple(ints))
+        put(self, "_offsets", self._most_offsets())
 
     # -- presets -----------------------------------------------------------------------------------------------------
 
@@ -298,14 +300,17 @@ class SegmentLayout:
         Raises:
             ValueError: rows that hold queries are not among the keys, so that they have no place there.
         """
+        if isinstance(self._offsets, str):
+            raise ValueError(self._offsets)
+        return self._offsets
+
+    def _most_offsets(self) -> tuple[int, int] | str:
         behind = ahead = 0
         for region, form in zip(_QUERY_REGIONS, self.forms, strict=True):
             if form.rows == 0:
                 continue
             if self.key_size(region) != form.rows:
-                raise ValueError(
-                    f"relative: distances count keys, and {region.name} holds queries but is not among the keys"
-                )
+                return f"relative: distances count keys, and {region.name} holds queries but is not among the keys"
             if form.hi + form.step * (form.rows - 1) > form.lo:
                 own = self.key_offset(region)
                 behind = max(behind, own + form.rows - 1 - form.lo)

@@ -102,7 +102,7 @@ def test_alibi() -> None:
 
 
 def drawn(number: int) -> Case:
-    """A case of the suite with distance-dependent scores; its layout has no SELF rule and rows that follow one another."""
+    """A case of the suite with distance-dependent scores: no SELF rule, and rows that follow one another."""
     rng = random.Random(number)
     kind = rng.choice(list(RELATIVE))
     while True:
