@@ -44,7 +44,7 @@ struct Problem {
   Matrix out, grad_out, grad_query, grad_key, grad_value, grad_cache_key, grad_cache_value;
   float *lse, *grad_lse;  // (batch, heads, queries), contiguous; grad_lse may be null
   Relative relative;
-  const int64_t* seed;    // of dropout, where it lies on the GPU; null on the CPU, which has read it
+  const int64_t* seed;  // of dropout, where it lies on the GPU; null on the CPU, which has read it
 
   RMT_HD int group() const { return heads / kv_heads; }
   RMT_HD Sample sample(int b) const {

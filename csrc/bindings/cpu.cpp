@@ -121,15 +121,15 @@ struct Call {
   }
 };
 
-#define RMT_SHARED                                                                                                   \
-  const Tensor &query, const Tensor &key, const Tensor &value, const MaybeTensor &cache_key,                         \
-      const MaybeTensor &cache_value, const MaybeTensor &lengths, const MaybeTensor &starts,                         \
-      const MaybeTensor &cache_starts, const MaybeTensor &query_start, const MaybeTensor &seed,                     \
-      const MaybeTensor &relative_key, const MaybeTensor &relative_bias, const MaybeTensor &content_bias,            \
-      const MaybeTensor &position_bias, const std::vector<int64_t>&layout, double scale, double dropout_p,           \
+#define RMT_SHARED                                                                                         \
+  const Tensor &query, const Tensor &key, const Tensor &value, const MaybeTensor &cache_key,               \
+      const MaybeTensor &cache_value, const MaybeTensor &lengths, const MaybeTensor &starts,               \
+      const MaybeTensor &cache_starts, const MaybeTensor &query_start, const MaybeTensor &seed,            \
+      const MaybeTensor &relative_key, const MaybeTensor &relative_bias, const MaybeTensor &content_bias,  \
+      const MaybeTensor &position_bias, const std::vector<int64_t>&layout, double scale, double dropout_p, \
       const std::vector<int64_t>&relative
-#define RMT_PASS                                                                                                \
-  query, key, value, cache_key, cache_value, lengths, starts, cache_starts, query_start, seed, relative_key,    \
+#define RMT_PASS                                                                                             \
+  query, key, value, cache_key, cache_value, lengths, starts, cache_starts, query_start, seed, relative_key, \
       relative_bias, content_bias, position_bias, layout, scale, dropout_p, relative
 
 std::tuple<Tensor, Tensor> forward(RMT_SHARED) {

@@ -8,8 +8,9 @@
 // the column (dK, dV) and another for the row (dQ), each recomputing the tile.
 //
 // Where scores depend on offsets, three more products, 16 queries of a tile and 80 entries of the table at a time (what
-// they meet 64 keys in): Q' R^T adds to S^T, and of dS laid along the diagonals dQ' += dS R and dR^T += Q'^T dS. A thread
-// then owns the head, and takes a run of samples one after another, whose sums for the tables are added up at the end.
+// they meet 64 keys in): Q' R^T adds to S^T, and of dS laid along the diagonals dQ' += dS R and dR^T += Q'^T dS. A
+// thread then owns the head, and takes a run of samples one after another, whose sums for the tables are added up at
+// the end.
 #pragma once
 
 #include "offsets.h"
@@ -37,11 +38,12 @@ class Backward {
     Row* rows;           // (queries)
     Span* spans;         // (panels)
     // With a table of keys. `position`: query + position bias.
-    E* position;         // (queries + 1, staged), row-major
-    E* position_t;       // [panels](staged, 64), row-major
-    E* following_t;      // the same of the next rows, where keys ahead meet them
-    float* dposition;    // (queries + 1, width)
-    Span* strips;        // (queries / 16)
+    E* position;       // (queries + 1, staged), row-major
+    E* position_t;     // [panels](staged, 64), row-major
+    E* following_t;    // the same of the next rows, where keys ahead meet them
+    float* dposition;  // (queries + 1, width)
+    Span* strips;      // (queries / 16)
+    bool* ahead;       // (queries / 16): some row sees keys ahead of its own
   };
   struct Workspace {  // of one thread
     E* stage;         // (64, staged)
@@ -53,14 +55,14 @@ class Backward {
     float* dq;        // (width, 64), where no query side keeps it
     float* row;       // (width, 64): dQ turned around
     // With tables.
-    float* t;                  // (64, 64): what they add to the exponents; then dS^T
-    float *window, *following; // (16, window): of a strip of queries: products with the table, dS along the diagonals
-    E *left, *right;           // (16, window): dS as left operand, and as right
+    float* t;                   // (64, 64): what they add to the exponents; then dS^T
+    float *window, *following;  // (16, window): of a strip of queries: products with the table, dS along the diagonals
+    E *left, *right;            // (16, window): dS as left operand, and as right
   };
   // Sums over a run of samples, for one query head.
   struct Sums {
-    float* dr;     // (width, offsets): dR^T
-    float* dbias;  // (offsets)
+    float* dr;                    // (width, offsets): dR^T
+    float* dbias;                 // (offsets)
     float *dcontent, *dposition;  // (width)
   };
 
@@ -92,7 +94,10 @@ class Backward {
     q.dq = with_dq ? arena.take<float>(n_.packed(n_.queries)) : nullptr;
     q.rows = arena.take<Row>(n_.queries);
     q.spans = arena.take<Span>(n_.query_panels);
-    if (p_.relative.tables()) q.strips = arena.take<Span>(n_.queries / kStrip);
+    if (p_.relative.tables()) {
+      q.strips = arena.take<Span>(n_.queries / kStrip);
+      q.ahead = arena.take<bool>(n_.queries / kStrip);
+    }
     if (p_.relative.key) {
       q.position = arena.take<E>((n_.queries + 1) * n_.staged);
       q.position_t = arena.take<E>(n_.query_panels * n_.transposed_panel());
@@ -219,8 +224,13 @@ class Backward {
     };
     pack(p_.query, to.qt, to.q, vector_of(p_.relative.content_bias, h));
     pack(p_.grad_out, to.dot, to.dout);
-    if (p_.relative.tables())
-      for (int i = from; i < from + kPanel; i += kStrip) to.strips[i / kStrip] = span_of(to.rows + i, kStrip);
+    if (!p_.relative.tables()) return;
+    const int own = own_key(p_.layout, sample, 0);
+    for (int i = from; i < from + kPanel; i += kStrip) {
+      to.strips[i / kStrip] = span_of(to.rows + i, kStrip);
+      to.ahead[i / kStrip] = false;
+      for (int j = i; j < i + kStrip; ++j) to.ahead[i / kStrip] |= to.rows[j].hi > own + j + 1;
+    }
   }
 
   const T* vector_of(const char* biases, int h) const {
@@ -325,7 +335,9 @@ class Backward {
     const int first = offsets_.column(from, own), begin = (first - kStrip + 1) / 16 * 16;
     return {begin, round_up(first + kPanel, 16), first - begin, offsets_.first() - begin};
   }
-  bool keys_ahead(const Window& x) const { return p_.relative.shifted && x.at + kPanel - 1 > x.own; }
+  bool keys_ahead(const QuerySide& q, int row, const Window& x) const {
+    return p_.relative.shifted && q.ahead[row / kStrip] && x.at + kPanel - 1 > x.own;
+  }
 
   // What the tables add to the exponents of a tile, (64 keys, queries), into w.t.
   void offset_scores(const QuerySide& q, const Workspace& w, int h, int own, int i, int from, int queries) const {
@@ -340,8 +352,9 @@ class Backward {
       const int columns = x.end - x.begin;
       if (p_.relative.key)
         offsets_.multiply(rt_, kStrip, q.position + row * n_.staged, tables, x.begin, x.end, w.window, kWindow);
-      if (p_.relative.key && keys_ahead(x)) {
-        offsets_.multiply(rt_, kStrip, q.position + (row + 1) * n_.staged, tables, x.begin, x.end, w.following, kWindow);
+      if (p_.relative.key && keys_ahead(q, row, x)) {
+        offsets_.multiply(rt_, kStrip, q.position + (row + 1) * n_.staged, tables, x.begin, x.end, w.following,
+                          kWindow);
         const int ahead = max_int(0, x.own + 1);
         for (int r = 0; r < kStrip; ++r)
           memcpy(w.window + r * kWindow + ahead, w.following + r * kWindow + ahead, sizeof(float) * (columns - ahead));
@@ -378,7 +391,7 @@ class Backward {
       }
       if (!p_.relative.key) continue;
       const E* transposed = q.position_t + i * n_.transposed_panel() + c;
-      if (keys_ahead(x)) {
+      if (keys_ahead(q, row, x)) {
         const int ahead = max_int(0, x.own + 1);
         for (int r = 0; r < kStrip; ++r) {
           float *here = w.window + r * kWindow, *next = w.following + r * kWindow;

@@ -145,9 +145,9 @@ class Forward {
     const auto tables = this->tables(h);
     const int begin = offsets_.column(from, own + count - 1) / 16 * 16;
     const int end = round_up(offsets_.column(to - 1, own) + 1, 16), keys = to - from;
-    const bool shifted = p_.relative.shifted && to > own + 1;  // some key lies ahead of some row's own
-    if (p_.relative.key)
-      offsets_.multiply(rt_, count + shifted, w.position, tables, begin, end, w.products, kEntries);
+    bool shifted = false;  // some row sees a key ahead of its own
+    for (int i = 0; p_.relative.shifted && i < count; ++i) shifted |= min_int(to, w.rows[i].hi) > own + i + 1;
+    if (p_.relative.key) offsets_.multiply(rt_, count + shifted, w.position, tables, begin, end, w.products, kEntries);
     for (int i = 0; i < count; ++i) {
       float* s = w.s + i * kStride;
       const int column = offsets_.column(from, own + i);
@@ -182,8 +182,7 @@ class Forward {
       sum[i] = 0.0f;
       if (q + kRows < p_.queries) prefetch_row(row_at<T>(p_.query, b, h0 + i / queries, q + kRows), p_.head_dim);
       stage_row(w.q + i * n_.staged, row_at<T>(p_.query, b, h0 + i / queries, q), p_.head_dim, n_.staged);
-      if (p_.relative.content_bias)
-        add_bias(w.q + i * n_.staged, vector_of(p_.relative.content_bias, h0), p_.head_dim);
+      if (p_.relative.content_bias) add_bias(w.q + i * n_.staged, vector_of(p_.relative.content_bias, h0), p_.head_dim);
     }
     if (p_.relative.key) stage_positions(w, b, h0, q0, count);
     const Span span = span_of(w.rows, count);
