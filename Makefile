@@ -3,6 +3,7 @@
 # make cuda: the CUDA extension, which takes minutes, for sm_80 and sm_90a.   make cuda-all: every type and architecture.
 PYTHON ?= python3
 VENV   := .venv
+WORKERS ?= 2
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.h csrc/*/*.* csrc/*/*/*.*) CMakeLists.txt setup.py pyproject.toml requirements-dev.txt
@@ -37,10 +38,10 @@ gate: setup
 	$(BIN)/python -m rmt_kernels.backends.triton.gate $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: setup
-	$(BIN)/python -m pytest --slow $(ARGS)
+	$(BIN)/python -m pytest --slow --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

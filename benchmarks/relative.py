@@ -131,6 +131,11 @@ def _gradients(contestant: Callable[[Inputs], Tensor], inputs: Inputs) -> list[T
     return [out.detach(), *torch.autograd.grad(out, inputs.tensors, inputs.grad, allow_unused=True)]  # type: ignore[list-item]
 
 
+def _forward(contestant: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
+    with torch.no_grad():
+        return contestant(inputs)
+
+
 def _check(name: str, contestant: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[bool, float]:
     """Whether a contestant is right, on a few samples, and its largest relative error over the tolerance."""
     few = Inputs(
@@ -169,7 +174,8 @@ def run(
     records: list[dict[str, Any]] = []
     work = [(key, dtype) for key in cases for dtype in (torch.float32, torch.bfloat16)]
     for key, dtype in tqdm(work, desc="relative", unit="case"):
-        inputs, steps = Inputs.of(cases[key], dtype), {}
+        inputs = Inputs.of(cases[key], dtype)
+        steps: dict[tuple[str, bool], Callable[[], object]] = {}
         for name, contestant in contestants.items():
             right, worst = _check(name, contestant, inputs)
             entry = {"case": key, "what": cases[key].name, "dtype": str(dtype).split(".")[1], "contestant": name}
@@ -178,7 +184,7 @@ def run(
             if right:
                 entry["peak_bytes"] = peak_bytes(partial(_gradients, contestant, inputs))
                 steps[name, True] = partial(_gradients, contestant, inputs)
-                steps[name, False] = torch.no_grad()(partial(contestant, inputs))
+                steps[name, False] = partial(_forward, contestant, inputs)
         for backward in (False, True):
             chosen = {name: step for (name, both), step in steps.items() if both is backward}
             times = interleave(chosen, rounds=rounds, warmup=0.2, budget=seconds)

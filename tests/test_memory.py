@@ -9,14 +9,16 @@ import sys
 import pytest
 import torch
 
-from rmt_kernels import SegmentLayout, segment_attention
+from rmt_kernels import Relative, SegmentLayout, segment_attention
 from rmt_kernels.backends import cpu
 from tests.emulation import emulated
 
 needs_cpu = pytest.mark.skipif(bool(cpu.why_missing), reason=cpu.why_missing)
 
 
-def allocated(tokens: int, head_dim: int, dtype: torch.dtype, backend: str = "cpu") -> tuple[int, int]:
+def allocated(
+    tokens: int, head_dim: int, dtype: torch.dtype, backend: str = "cpu", relative: bool = False
+) -> tuple[int, int]:
     """Most bytes that one forward and backward hold at once, inputs and grad_out aside, and all bytes they ask for.
 
     The profiler sees every tensor, ``at::empty`` in C++ included.
@@ -24,11 +26,15 @@ def allocated(tokens: int, head_dim: int, dtype: torch.dtype, backend: str = "cp
     layout = SegmentLayout.rmt_decoder(tokens, 16)
     shape = (1, 1, layout.num_queries, head_dim)
     leaves = [torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(3)]
+    if relative:
+        sizes = ((1, layout.num_keys, head_dim), (1, head_dim), (1, head_dim))
+        leaves += [torch.randn(size, dtype=dtype).requires_grad_() for size in sizes]
     grad_out = torch.randn(shape, dtype=dtype)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        out = segment_attention(leaves[0], leaves[1], leaves[2], layout, backend=backend)
+        distances = Relative(leaves[3], leaves[4], leaves[5], mode="shifted") if relative else None
+        out = segment_attention(leaves[0], leaves[1], leaves[2], layout, relative=distances, backend=backend)
         grads = torch.autograd.grad(out, leaves, grad_out)
-    assert len(grads) == 3
+    assert len(grads) == len(leaves)
     assert profiler.profiler is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = asked = 0
@@ -53,26 +59,29 @@ def test_the_measure_sees_a_dense_matrix() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "backend"),
+    ("dtype", "backend", "relative"),
     [
-        pytest.param(torch.float32, "cpu", marks=needs_cpu),
-        pytest.param(torch.bfloat16, "cpu", marks=needs_cpu),
-        pytest.param(torch.bfloat16, "cuda", marks=emulated),
+        pytest.param(torch.float32, "cpu", False, marks=needs_cpu),
+        pytest.param(torch.bfloat16, "cpu", False, marks=needs_cpu),
+        pytest.param(torch.float32, "cpu", True, marks=needs_cpu),
+        pytest.param(torch.bfloat16, "cpu", True, marks=needs_cpu),
+        pytest.param(torch.bfloat16, "cuda", False, marks=emulated),
     ],
-    ids=["f32", "bf16", "cuda"],
+    ids=["f32", "bf16", "f32 relative", "bf16 relative", "cuda"],
 )
-def test_share_of_a_dense_matrix(dtype: torch.dtype, backend: str) -> None:
+def test_share_of_a_dense_matrix(dtype: torch.dtype, backend: str, relative: bool) -> None:
     """With head_dim 16 the gradients alone are 1 MB, and a matrix of scores 68 MB."""
-    peak, asked = allocated(4096, 16, dtype, backend)
+    peak, asked = allocated(4096, 16, dtype, backend, relative)
     assert peak > 3 * 4128 * 16 * dtype.itemsize, "the results themselves were not seen"
     assert peak < 0.05 * dense_bytes(4096)
     assert asked < 0.1 * dense_bytes(4096)
 
 
 @needs_cpu
+@pytest.mark.parametrize("relative", [False, True], ids=["", "relative"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_linear(dtype: torch.dtype) -> None:
-    short, long = allocated(1024, 64, dtype)[0], allocated(4096, 64, dtype)[0]
+def test_linear(dtype: torch.dtype, relative: bool) -> None:
+    short, long = (allocated(tokens, 64, dtype, relative=relative)[0] for tokens in (1024, 4096))
     assert long <= 4.2 * short
 
 
