@@ -73,8 +73,9 @@ def test_share_of_a_dense_matrix(dtype: torch.dtype, backend: str, relative: boo
     """With head_dim 16 the gradients alone are 1 MB, and a matrix of scores 68 MB."""
     peak, asked = allocated(4096, 16, dtype, backend, relative)
     assert peak > 3 * 4128 * 16 * dtype.itemsize, "the results themselves were not seen"
-    assert peak < 0.05 * dense_bytes(4096)
-    assert asked < 0.1 * dense_bytes(4096)
+    share = 0.1 if relative else 0.05  # a table is as long as the keys, and in backward it is there five times
+    assert peak < share * dense_bytes(4096)
+    assert asked < 2 * share * dense_bytes(4096)
 
 
 @needs_cpu
