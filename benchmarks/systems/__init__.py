@@ -1,0 +1,1 @@
+"""The published systems on their tasks: a command and a table each."""
