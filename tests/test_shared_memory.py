@@ -252,7 +252,7 @@ def test_the_best_search(world: Transitions) -> None:
 
     way = {"RG": 8, "RY": 4, "RB": 7, "GY": 8, "GB": 5, "YB": 7}
     between = {**way, **{key[::-1]: value for key, value in way.items()}}
-    tours = {"R": "YBG", "Y": "RBG", "G": "BRY", "B": "GRY"}
+    tours = {start: tuple(order) for start, order in {"R": "YBG", "Y": "RBG", "G": "BRY", "B": "GRY"}.items()}
     extra = 0.0
     for start, (first, second, third) in tours.items():
         tour = 3 * between[start + first] + 2 * between[first + second] + between[second + third]

@@ -25,6 +25,7 @@ MAX_HEAD_DIM = 256
 MAX_KEYS = 512 * 65535  # chunks of keys, in a grid's second dimension
 LEAST_CAPABILITY = (8, 0)
 _WIDE_SHARED = 160 << 10  # bytes of shared memory that tiles wider than 128 may take
+_RELATIVE_SHARED = 200 << 10  # and, from sm_90 on, those with distance-dependent scores
 
 
 @torch.compiler.assume_constant_result
@@ -42,8 +43,6 @@ def supports(call: Call) -> str | None:
     """None where the kernels serve the call, otherwise the reason why not."""
     if why_missing:
         return why_missing
-    if call.relative is not None:
-        return "it has no distance-dependent scores (relative=) yet"
     device, dtype = call.query.device, call.query.dtype
     if device.type != ("cpu" if _INTERPRETED else "cuda"):
         return f"it runs on CUDA tensors, got {device}"
@@ -62,6 +61,11 @@ def supports(call: Call) -> str | None:
         return (
             f"head_dim {call.query.shape[-1]} takes up to {_WIDE_SHARED >> 10} KiB of shared memory, this GPU has "
             f"{_shared(device) >> 10}; up to 128 is served"
+        )
+    if call.relative is not None and capability >= (9, 0) and _shared(device) < _RELATIVE_SHARED:
+        return (
+            f"distance-dependent scores (relative=) take up to {_RELATIVE_SHARED >> 10} KiB of shared memory from "
+            f"compute capability 9.0 on, this GPU has {_shared(device) >> 10}"
         )
     return None
 

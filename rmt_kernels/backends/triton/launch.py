@@ -29,7 +29,7 @@ from rmt_kernels.backends.triton.configs import (
 )
 from rmt_kernels.philox import threshold
 
-__all__ = ["Launch", "Shape", "backward_launches", "forward_launches"]
+__all__ = ["Launch", "Shape", "backward_launches", "forward_launches", "prepare_launch"]
 
 COMBINED = 16  # chunks put together at a time
 MAX_PACK = 16  # the smallest tile of rows
@@ -277,10 +277,14 @@ def backward_launches(
             part("keys", key_tiles * heads, config.keys.warps, config.keys.stages),
             part("queries", row_tiles * shape.blocks * heads, config.queries.warps, config.queries.stages),
         ]
+    return prepare_launch(shape, out_strides), [launch for launch in parts if launch.grid[0]]
+
+
+def prepare_launch(shape: Shape, strides: Strides) -> Launch | None:
+    """The kernel that prepares rows; ``strides`` are those of out and grad_out."""
     count = shape.batch * shape.heads * shape.queries
     numbers = (
-        *out_strides, shape.heads, shape.queries, count, shape.batch, *shape.layout, shape.head_dim, block_d,
-        PREPARE_ROWS, shape.gaps,
+        *strides, shape.heads, shape.queries, count, shape.batch, *shape.layout, shape.head_dim,
+        padded_width(shape.head_dim), PREPARE_ROWS, shape.gaps,
     )  # fmt: skip
-    prepare = Launch(bwd.prepare_kernel, (-(-count // PREPARE_ROWS), 1), numbers, 4, 1) if count else None
-    return prepare, [launch for launch in parts if launch.grid[0]]
+    return Launch(bwd.prepare_kernel, (-(-count // PREPARE_ROWS), 1), numbers, 4, 1) if count else None
