@@ -22,10 +22,10 @@ _SMALL: dict[str, Any] = {
 _SEQUENCE: dict[str, Any] = {**_SMALL, "length": 6, "tokens": 14, "steps": 1000, "weight_decay": 1.0}
 # A token has to find the one before it, which ALiBi gives the first layer and learned positions give it late.
 _PAIRS: dict[str, Any] = {
-    **_SMALL, "pairs": 3, "keys": 8, "values": 8, "tokens": 16, "positions": "alibi",
+    **_SMALL, "pairs": 3, "keys": 8, "values": 8, "tokens": 16, "positions": "alibi", "steps": 1500,
     "weight_decay": 1.0,
 }  # fmt: skip
-_FACTS: dict[str, Any] = {**_SMALL, "tokens": 20}
+_FACTS: dict[str, Any] = {**_SMALL, "tokens": 20, "steps": 1000, "weight_decay": 1.0}
 # arXiv 2207.06881, section 4.1: 4 layers of width 128 with 4 heads.
 _PAPER: dict[str, Any] = {
     **_SMALL, "width": 128, "heads": 4, "layers": 4, "memory": 10, "batch": 64, "steps": 20000, "learning_rate": 3e-4,

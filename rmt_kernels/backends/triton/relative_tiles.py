@@ -1,0 +1,154 @@
+"""Distance-dependent scores in tiles: what the relative kernels share.
+
+The key j of a row whose own key is o lies at entry ``j - o + reach`` of the tables. Rows are counted so that own keys
+follow one another: ``own = row + first + shift``, whatever regions a tile straddles (see ``placed``). So row r and key
+c of a tile are at entry ``c - r + ROWS - 1`` of the tile's *window*: WIDTH entries, of which ROWS + KEYS - 1 are used.
+The products of the tile's rows with the window are one matrix product; ``picked`` then takes each score from it.
+
+That goes through shared memory: 4 * ROWS * WIDTH bytes are written once and 4 * ROWS * KEYS read once. A scratch buffer
+in global memory would move as much through L2, behind the back of a compiler that may issue loads before stores, and
+shuffles between registers take several for an element and two changes of layout more.
+"""
+
+import triton
+import triton.language as tl
+
+from rmt_kernels.backends.triton.tiles import load_rows
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def placed(tile, rows, layout, sample, hole, ROWS: tl.constexpr):
+    """``(row, query, stays)`` of each row of a tile. READ and WRITE may hold queries where TOKENS between them holds
+    keys only: rows count those as a ``hole`` of rows that are not there, so that own keys follow one another."""
+    row = tile * ROWS + tl.arange(0, ROWS)
+    behind = row + sample[3] >= layout[7] + hole
+    query = row - tl.where(behind, hole, 0)
+    return row, query, (row < rows) & (behind | (row + sample[3] < layout[7]) | (hole == 0))
+
+
+@triton.jit
+def rows_at(base, query, stride_n):
+    """(ROWS,) pointers to rows of a head, whose stride counts units of 16 bytes."""
+    UNIT: tl.constexpr = 128 // base.dtype.element_ty.primitive_bitwidth
+    return base + query.to(tl.int64) * (stride_n * UNIT)
+
+
+@triton.jit
+def biased(q, bias_ptr, head, bias_h, BLOCK_D: tl.constexpr, D: tl.constexpr, GIVEN: tl.constexpr):
+    """Queries with their head's bias added, where one is given."""
+    if GIVEN:
+        UNIT: tl.constexpr = 128 // bias_ptr.dtype.element_ty.primitive_bitwidth
+        o_d = tl.arange(0, BLOCK_D)
+        bias = tl.load(bias_ptr + head.to(tl.int64) * (bias_h * UNIT) + o_d, mask=o_d < D, other=0.0)
+        return (q.to(tl.float32) + bias.to(tl.float32)[None, :]).to(q.dtype)
+    else:
+        return q
+
+
+@triton.jit
+def picked(x, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """(M, N) ``x[row, column]`` of a (ROWS, COLUMNS) tile, for (M, N) indices in range.
+
+    The tile lies in shared memory with 8 rows side by side. A warp holds 8 rows and 8 columns of a product at a time:
+    so it stores them, and reads them along a diagonal, with two lanes to a bank. One row after another it would be 8
+    and 4.
+    """
+    eights = tl.permute(tl.reshape(x, [ROWS // 8, 8, COLUMNS]), (0, 2, 1))
+    place = (row & -8) * COLUMNS + (row & 7) + 8 * column
+    found = tl.gather(tl.reshape(eights, [ROWS * COLUMNS]), tl.reshape(place, [M * N]), 0)
+    return tl.reshape(found, [M, N])
+
+
+@triton.jit
+def load_entries(table, first, COUNT: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr):
+    """(COUNT, BLOCK_D) rows of the head's ``relative_key`` from an entry on; zeros where there are none."""
+    base, stride, _, size, _ = table
+    entry = first + tl.arange(0, COUNT)
+    return load_rows(rows_at(base, entry, stride), (entry >= 0) & (entry < size), BLOCK_D, D, True)
+
+
+@triton.jit
+def load_biases(table, first, COUNT: tl.constexpr):
+    """(COUNT,) the head's ``relative_bias`` from an entry on, as exponents of 2; zeros where there is none."""
+    _, _, base, size, _ = table
+    entry = first + tl.arange(0, COUNT)
+    return tl.load(base + entry, mask=(entry >= 0) & (entry < size), other=0.0) * LOG2E
+
+
+@triton.jit
+def biases(table, first, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, TURNED: tl.constexpr):
+    """(ROWS, KEYS) ``relative_bias`` of a tile whose window starts at an entry, as exponents of 2; (KEYS, ROWS) where
+    TURNED."""
+    window = load_biases(table, first, WIDTH)
+    row, key = tl.arange(0, ROWS), tl.arange(0, KEYS)
+    if TURNED:
+        place = key[:, None] - row[None, :] + (ROWS - 1)
+        return tl.reshape(tl.gather(window, tl.reshape(place, [KEYS * ROWS]), 0), [KEYS, ROWS])
+    else:
+        place = key[None, :] - row[:, None] + (ROWS - 1)
+        return tl.reshape(tl.gather(window, tl.reshape(place, [ROWS * KEYS]), 0), [ROWS, KEYS])
+
+
+@triton.jit
+def products(
+    position, following, entries, first, reach, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    SHIFTED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, KEYS) products of the rows with the tile's entries of the window; where SHIFTED those of keys ahead are
+    the next rows', ``following``."""
+    p = tl.dot(position, tl.trans(entries), input_precision=PRECISION)  # (ROWS, WIDTH)
+    if SHIFTED:
+        ahead = first + tl.arange(0, WIDTH) > reach
+        p = tl.where(ahead[None, :], tl.dot(following, tl.trans(entries), input_precision=PRECISION), p)
+    row, key = tl.arange(0, ROWS)[:, None], tl.arange(0, KEYS)[None, :]
+    return picked(p, row + 0 * key, key - row + (ROWS - 1), ROWS, WIDTH, ROWS, KEYS)
+
+
+@triton.jit
+def turned_products(
+    position, following, entries, first, reach, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    SHIFTED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As ``products``, (KEYS, ROWS)."""
+    p = tl.dot(entries, tl.trans(position), input_precision=PRECISION)  # (WIDTH, ROWS)
+    if SHIFTED:
+        ahead = first + tl.arange(0, WIDTH) > reach
+        p = tl.where(ahead[:, None], tl.dot(entries, tl.trans(following), input_precision=PRECISION), p)
+    row, key = tl.arange(0, ROWS)[None, :], tl.arange(0, KEYS)[:, None]
+    return picked(p, key - row + (ROWS - 1), row + 0 * key, WIDTH, ROWS, KEYS, ROWS)
+
+
+@triton.jit
+def along_window(ds, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr):
+    """(ROWS, WIDTH) a tile's (ROWS, KEYS) values, each at its entry of the window; zeros between them."""
+    row, place = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
+    key = place + row - (ROWS - 1)
+    inside = (key >= 0) & (key < KEYS)
+    return tl.where(inside, picked(ds, row + 0 * key, tl.where(inside, key, 0), ROWS, KEYS, ROWS, WIDTH), 0.0)
+
+
+@triton.jit
+def rows_read(side, tile, GAPS: tl.constexpr, ROWS: tl.constexpr):
+    """``(row, query, stays)`` of a tile of rows that a program walks; those of padding, which may hold anything, do not
+    stay where it may have any."""
+    layout, sample, rows, hole = side
+    row, query, stays = placed(tile, rows, layout, sample, hole, ROWS)
+    if GAPS:
+        position = row + sample[3] - layout[7]
+        token = (position >= 0) & (position < layout[12])
+        stays = stays & ((token == 0) | ((position >= sample[0]) & (position < sample[1])))
+    return row, query, stays
+
+
+@triton.jit
+def spans_read(span_ptr, span_size, query, stays, GAPS: tl.constexpr):
+    """``(lo, hi, gap_lo, gap_hi)`` of rows, as ``prepare_kernel`` stored them."""
+    lo = tl.load(span_ptr + query, mask=stays, other=0)
+    hi = tl.load(span_ptr + span_size + query, mask=stays, other=0)
+    gap_lo, gap_hi = lo, lo
+    if GAPS:
+        gap_lo = tl.load(span_ptr + 2 * span_size + query, mask=stays, other=0)
+        gap_hi = tl.load(span_ptr + 3 * span_size + query, mask=stays, other=0)
+    return lo, hi, gap_lo, gap_hi
