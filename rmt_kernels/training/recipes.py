@@ -1,4 +1,9 @@
-"""Sizes and settings that are known to work, by task; and the papers' sizes."""
+"""Sizes and settings for each task: small ones for minutes on two cores, and the papers' sizes.
+
+With the small ones RMT, trained on up to 5 segments, tells copy, reverse, associative and remember right at 4 and at 8
+segments, detect at 4, and most answers of quadratic. Reasoning and the two texts run in the same time and are not
+learned to the end in it. The papers' sizes are theirs; the steps are a guess.
+"""
 
 from __future__ import annotations
 
