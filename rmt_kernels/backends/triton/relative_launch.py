@@ -38,27 +38,43 @@ class Tiles:
 
 
 _ANY = Tile(128, 128, 4, 2)
+_WIDE = Tile(16, 16, 8, 1, spills=16384)  # scalar products of 256 numbers: whatever the compiler makes of them
 
 # The first row that applies is taken. Chosen by what the compile gate reports: tiles of 32 keys and less need no
-# ``wgmma``, and leave registers for what a window takes. Up to head_dim 128 the rows of sm_80 fit 99 KiB.
+# ``wgmma``, and leave registers for what a window takes. Up to head_dim 128 the rows of sm_80 fit 99 KiB. Where
+# ``spills`` stands some kinds of calls spill so many bytes at most; Transformer-XL's of head_dim 64 and 128 spill none.
 RELATIVE: tuple[Tiles, ...] = (
     Tiles(100, 64, "half", Tile(64, 64, 4, 2, programs=2), Tile(32, 32, 4, 1), Tile(32, 64, 4, 1), Tile(64, 64, 8, 2),
           lean=True),
     Tiles(100, 64, "half", Tile(64, 64, 8, 1), Tile(32, 32, 4, 1), Tile(32, 64, 8, 1), Tile(64, 64, 8, 2)),
     Tiles(100, 128, "half", Tile(64, 64, 8, 2), Tile(16, 16, 8, 1), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1), lean=True),
     Tiles(100, 128, "half", Tile(64, 64, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    Tiles(90, 64, "half", Tile(64, 64, 4, 2, programs=2), Tile(32, 32, 4, 2), Tile(32, 64, 4, 1), Tile(64, 64, 8, 2),
-          lean=True),
-    Tiles(90, 64, "half", Tile(32, 64, 4, 1), Tile(16, 32, 4, 1), Tile(32, 64, 8, 1), Tile(32, 64, 8, 1)),
+    Tiles(90, 64, "half", Tile(64, 64, 4, 2, programs=2), Tile(32, 32, 4, 2, spills=64), Tile(32, 64, 4, 1),
+          Tile(64, 64, 8, 2), lean=True),
+    Tiles(90, 64, "half", Tile(32, 64, 4, 1, spills=64), Tile(16, 32, 4, 1), Tile(32, 64, 8, 1, spills=64),
+          Tile(32, 64, 8, 1)),
     Tiles(90, 128, "half", Tile(64, 64, 8, 2), Tile(32, 32, 8, 1), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1), lean=True),
     Tiles(90, 128, "half", Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    Tiles(80, 64, "half", Tile(64, 64, 4, 2, programs=2), Tile(32, 32, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 8, 1),
-          lean=True),
-    Tiles(80, 64, "half", Tile(32, 64, 8, 1), Tile(32, 32, 4, 1), Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
+    Tiles(80, 64, "half", Tile(64, 64, 4, 2, programs=2), Tile(32, 32, 4, 2, spills=64), Tile(32, 64, 4, 2),
+          Tile(32, 64, 8, 1), lean=True),
+    Tiles(80, 64, "half", Tile(32, 64, 8, 1), Tile(32, 32, 4, 1), Tile(32, 64, 8, 1, spills=64), Tile(32, 32, 8, 1)),
     Tiles(80, 128, "half", Tile(32, 64, 8, 1), Tile(32, 32, 8, 1), Tile(32, 64, 8, 1), Tile(32, 32, 8, 1), lean=True),
-    Tiles(80, 128, "half", Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
-    Tiles(80, 256, "half", Tile(32, 64, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), lean=True),
-    Tiles(80, 256, "half", Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+    Tiles(80, 128, "half", Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1, spills=64), Tile(16, 32, 8, 1)),
+    Tiles(80, 256, "half", Tile(32, 64, 8, 1), Tile(16, 16, 8, 1, spills=64), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1),
+          lean=True),
+    Tiles(80, 256, "half", Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, spills=384), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+    # float32: operands of a product are held for all of its width
+    Tiles(80, 64, "tf32", Tile(32, 32, 4, 1, spills=128), Tile(16, 16, 8, 1, spills=64), Tile(32, 32, 8, 1, spills=64),
+          Tile(32, 32, 4, 1, spills=128)),
+    Tiles(80, 128, "tf32", Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, spills=384), Tile(16, 16, 8, 1),
+          Tile(16, 16, 8, 1)),
+    Tiles(80, 256, "tf32", Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spills=16384), Tile(16, 16, 8, 1, spills=512),
+          Tile(16, 16, 8, 1, spills=512)),
+    Tiles(80, 64, "float32", Tile(16, 16, 8, 1, spills=64), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1),
+          Tile(16, 16, 8, 1, spills=64)),
+    Tiles(80, 128, "float32", Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spills=128), Tile(16, 16, 8, 1, spills=128),
+          Tile(16, 16, 8, 1, spills=128)),
+    Tiles(80, 256, "float32", _WIDE, _WIDE, _WIDE, _WIDE),
     # the interpreter, whose time is that of a tile, of whatever size
     *(Tiles(0, 256, kind, _ANY, _ANY, _ANY, _ANY) for kind in KINDS),
 )  # fmt: skip
