@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import ROOT
+from benchmarks.files import RESULTS, write_json
 from benchmarks.recurrence import tables as recurrence
 from benchmarks.tables import Table, error_table, headline, language_model, limits, published, summary_lines
 
 __all__ = ["LATEST", "load", "main", "render", "replace_block", "source_line", "update_readme"]
 
-RESULTS = ROOT / "benchmarks" / "results"
 LATEST = RESULTS / "latest"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222a35; max-width: 1150px; margin: 2em auto; padding: 0 1em }
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     if options.save:
         file = RESULTS / f"{options.save}.json"
-        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(file, results)
         print(f"saved {file}")
     print(terminal(results))
     print(f"\nreport: {render(results, options.folder)}")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Inputs, make_inputs
+from benchmarks.files import read_json, write_json
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import (
     checks,
@@ -37,7 +38,7 @@ from benchmarks.gpu.device import CudaDevice, HostDevice
 from benchmarks.gpu.shard import cut_off, read_log
 from benchmarks.gpu.stage import Context, Item, Payload, Stage
 from benchmarks.gpu.stages import STAGES
-from benchmarks.gpu.store import Store, complete, pending, read_json, write_json
+from benchmarks.gpu.store import Store, complete, pending
 from benchmarks.gpu.timing import Timed, call_times, kernel_times
 from benchmarks.measure import Check
 from rmt_kernels import SegmentLayout, reference_attention, segment_attention
@@ -680,7 +681,8 @@ def test_the_child_says_whose_code_it_is_at(tmp_path: Path) -> None:
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
-from benchmarks.gpu.store import Store, pending, write_json
+from benchmarks.files import write_json
+from benchmarks.gpu.store import Store, pending
 store, keys = Store(Path(sys.argv[1])), sys.argv[2].split(",")
 state = store.load("s")
 state["planned"] = keys

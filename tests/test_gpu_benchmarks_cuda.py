@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 import benchmarks.cases
+from benchmarks.files import read_json, write_json
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import checks, contestants, programs, prove, sanitized, sanitizer, stages, tables
 from benchmarks.gpu.cases import FULL, Plan
 from benchmarks.gpu.device import HostDevice
 from benchmarks.gpu.stage import Context, Payload, Stage
 from benchmarks.gpu.stages import STAGES
-from benchmarks.gpu.store import Store, read_json, write_json
+from benchmarks.gpu.store import Store
 from rmt_kernels import SegmentLayout, _build, reference_attention
 from rmt_kernels.backends import cpu, cuda
 from tests.emulation import emulated

@@ -336,7 +336,7 @@ def test_the_table(world: Transitions, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_intervals() -> None:
-    from benchmarks.systems.taxi import interval
+    from benchmarks.systems.goals import interval
 
     mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3.0

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from benchmarks.environment import environment
+from benchmarks.files import read_json
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.prove import PROVEN
 from benchmarks.gpu.stage import Context, Item, Payload
-from benchmarks.gpu.store import read_json
 from benchmarks.gpu.timing import Timed, kernel_times
 
 __all__ = ["about", "copy", "environment_items"]

@@ -15,12 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import write_json
 from benchmarks.gpu.cases import FULL, Plan
 from benchmarks.gpu.compare import DeviceLostError
 from benchmarks.gpu.device import Device, current
 from benchmarks.gpu.stage import Context, Item, Stage
 from benchmarks.gpu.stages import STAGES
-from benchmarks.gpu.store import State, Store, pending, write_json
+from benchmarks.gpu.store import State, Store, pending
 
 __all__ = ["DEVICE_LOST", "main", "running_file"]
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from benchmarks.environment import ROOT
+from benchmarks.files import read_json
 from benchmarks.gpu.stage import Context, Item, Payload
-from benchmarks.gpu.store import read_json
 from benchmarks.gpu.suite import run_tests, shards
 
 __all__ = ["build_items", "cpu_items", "gate_items", "lost_modules", "run_program", "tune_items"]

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import ROOT
+from benchmarks.files import RESULTS, write_json
 from benchmarks.gpu.sanitizer import TOOLS
-from benchmarks.gpu.store import pending, write_json
+from benchmarks.gpu.store import pending
 
 __all__ = ["BACKEND", "PROVEN", "REPEATS", "STAGES", "entry", "objections", "prove", "wrong_entries"]
 
 PROVEN = ROOT / "rmt_kernels" / "backends" / "cuda" / "proven.json"
-RESULTS = ROOT / "benchmarks" / "results"
 BACKEND = "cuda"
 STAGES = ("suite_cuda", "determinism_cuda", "memory_cuda", "sanitizer")
 REPEATS = 1000

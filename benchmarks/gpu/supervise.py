@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import ROOT
+from benchmarks.files import read_json
 from benchmarks.gpu.child import DEVICE_LOST, running_file
 from benchmarks.gpu.stage import Stage
-from benchmarks.gpu.store import State, Store, complete, pending, read_json
+from benchmarks.gpu.store import State, Store, complete, pending
 
 __all__ = ["run_stage", "stop"]
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import ROOT, environment
+from benchmarks.files import RESULTS
 from benchmarks.recurrence.evaluation import evaluate
 from benchmarks.recurrence.limits import failures
 from benchmarks.recurrence.runs import FULL, QUICK, run
@@ -29,7 +30,6 @@ from benchmarks.tables import environment_lines
 
 __all__ = ["main", "update_docs"]
 
-RESULTS = ROOT / "benchmarks" / "results"
 _ROUNDS, _SECONDS = 4, 240.0  # of --evaluate
 PICTURE = ROOT / "docs" / "pictures" / "recurrence.png"
 

@@ -11,20 +11,14 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.environment import ROOT, environment
+from benchmarks.arguments import count
+from benchmarks.environment import environment
+from benchmarks.files import RESULTS, write_json
 from benchmarks.systems.report import STUDIES, lines, update_docs, whole
-from benchmarks.systems.runs import jobs, perform, write_json
+from benchmarks.systems.runs import jobs, perform
 from benchmarks.systems.studies import SIZES, Results
 
 __all__ = ["main"]
-
-RESULTS = ROOT / "benchmarks" / "results"
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
-    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument(
         "--quick", action="store_const", const="quick", dest="size", help="a minute: everything runs, little is learned"
     )
-    parser.add_argument("--seeds", type=_count, metavar="N", help="seeds 0 to N - 1 (default: 3; quick: 1)")
+    parser.add_argument("--seeds", type=count, metavar="N", help="seeds 0 to N - 1 (default: 3; quick: 1)")
     parser.add_argument("--only", default="", metavar="TEXT", help="the runs with this in their name, such as copy")
     parser.add_argument("--device", default="cpu", help="such as cpu or cuda")
     parser.add_argument(
@@ -87,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         processes = (2 if options.device == "cpu" else 1) if options.processes is None else options.processes
         results = about | perform(
             study, planned, processes=processes, overwrite=options.overwrite,
-            keep=lambda found: write_json(about | found, folder / "results.json"),
+            keep=lambda found: write_json(folder / "results.json", about | found),
         )  # fmt: skip
     print("\n\n".join(table.terminal() for table in whole(results)))
     print("\n" + "\n".join(lines(results)))
@@ -96,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"picture: {folder / study.name}.png")
     if options.save:
         kept = RESULTS / f"{options.save}.json"
-        write_json(results, kept)
+        write_json(kept, results)
     if options.docs:
         update_docs(results, kept)
         print("wrote the tables into docs/systems")

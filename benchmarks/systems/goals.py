@@ -15,12 +15,13 @@ __all__ = ["Goal", "differences", "goal_table", "interval"]
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 14: 2.145, 19: 2.093}
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def interval(values: Iterable[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95 % t-interval (NaN for one value)."""
-    if len(values) < 2:
-        return statistics.mean(values), math.nan
-    t = _T[max(degrees for degrees in _T if degrees < len(values))]
-    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values))
+    found = list(values)
+    if len(found) < 2:
+        return statistics.mean(found), math.nan
+    t = _T[max(degrees for degrees in _T if degrees < len(found))]
+    return statistics.mean(found), t * statistics.stdev(found) / math.sqrt(len(found))
 
 
 def differences(first: Iterable[float | None], second: Iterable[float | None]) -> tuple[float | None, ...]:

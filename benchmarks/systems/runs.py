@@ -18,7 +18,7 @@ from benchmarks.systems.studies import Results, Study
 from rmt_kernels.training import CheckpointError, TrainConfig, train
 from rmt_kernels.training import runs as stored
 
-__all__ = ["Job", "carry_out", "jobs", "perform", "write_json"]
+__all__ = ["Job", "carry_out", "jobs", "perform"]
 
 
 @dataclass(frozen=True)
@@ -174,11 +174,3 @@ def _steps(job: Job) -> int:
             return int(json.loads(file.read().splitlines()[-1])["step"])
     except (OSError, ValueError, IndexError, KeyError):
         return 0
-
-
-def write_json(values: Results, path: Path) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)

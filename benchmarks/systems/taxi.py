@@ -13,9 +13,7 @@ import itertools
 import json
 import math
 import multiprocessing
-import os
 import statistics
-from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.arguments import count
 from benchmarks.environment import ROOT, environment
+from benchmarks.files import RESULTS, write_json
 from benchmarks.report import replace_block, source_line
+from benchmarks.systems.goals import interval
 from benchmarks.tables import environment_lines
 from rmt_kernels.training.taxi import ACTIONS, TASKS, TaxiBatch, Training, Transitions, evaluate, shortest, train
 
-__all__ = ["QUICK", "STANDARD", "VARIANTS", "interval", "main", "picture", "table", "update_docs"]
+__all__ = ["QUICK", "STANDARD", "VARIANTS", "main", "picture", "table", "update_docs"]
 
 VARIANTS = {  # name: (memory, share)
     "LSTM, shared": ("recurrent", True),
@@ -39,26 +40,7 @@ VARIANTS = {  # name: (memory, share)
 STANDARD = Training()
 QUICK = replace(STANDARD, updates=6, batch=64, minibatches=2, limit=30)
 _COLUMNS = {"return": "return", "success": "success", "steps": "steps", "steps_go": "of these, to the destination"}
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE, PICTURE = ROOT / "docs" / "systems" / "shared_memory.md", ROOT / "docs" / "pictures" / "taxi.png"
-
-# Student's t at 97.5 %, by degrees of freedom; beyond the last, the next smaller one is used: a little too wide.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 14: 2.145, 19: 2.093}
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
-    return int(text)
-
-
-def interval(values: Iterable[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % t-interval over seeds (NaN for one seed)."""
-    found = list(values)
-    if len(found) < 2:
-        return statistics.mean(found), math.nan
-    t = _T[max(degrees for degrees in _T if degrees < len(found))]
-    return statistics.mean(found), t * statistics.stdev(found) / math.sqrt(len(found))
 
 
 def _run(job: tuple[str, int, Training]) -> dict[str, Any]:
@@ -74,14 +56,6 @@ def _run(job: tuple[str, int, Training]) -> dict[str, Any]:
     }
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"variant": name, "seed": seed, "date": date, **record, "greedy": greedy}
-
-
-def _write(result: dict[str, Any], path: Path) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _kept(path: Path, training: Training) -> dict[str, Any]:
@@ -162,7 +136,7 @@ def measure(training: Training, seeds: int, path: Path, processes: int = 2, prog
         for run in pool.imap_unordered(_run, missing):
             runs.append(run)
             runs.sort(key=lambda run: (run["seed"], list(VARIANTS).index(run["variant"])))
-            _write(result, path)
+            write_json(path, result)
             bar.set_postfix_str(f"{run['variant']}, seed {run['seed']}: return {run['final']['return']:.1f}")
             bar.update()
     return result
@@ -279,9 +253,9 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.systems.taxi", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a minute: everything runs, little is learned")
-    parser.add_argument("--seeds", type=_count, metavar="N", help="seeds 0 to N - 1 (default: 5; quick: 2)")
+    parser.add_argument("--seeds", type=count, metavar="N", help="seeds 0 to N - 1 (default: 5; quick: 2)")
     parser.add_argument(
-        "--processes", type=_count, default=2, metavar="N", help="runs side by side, one thread each (default: 2)"
+        "--processes", type=count, default=2, metavar="N", help="runs side by side, one thread each (default: 2)"
     )
     parser.add_argument(
         "--save", metavar="NAME", help="benchmarks/results/NAME.json (default: latest/taxi; quick: latest/taxi-quick); "

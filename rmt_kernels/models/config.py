@@ -8,9 +8,9 @@ from typing import Any
 
 from rmt_kernels.recurrence.policies import Replay, Truncate, resolve
 
-__all__ = ["ModelConfig"]
+__all__ = ["POSITIONS", "ModelConfig"]
 
-_POSITIONS = ("learned", "relative", "alibi", "bias", "none")
+POSITIONS = ("learned", "relative", "alibi", "bias", "none")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class ModelConfig:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
         for name, accepted in (
             ("activation", ("gelu", "gelu_tanh", "relu")), ("norm", ("pre", "post")),
-            ("layout", ("", "rmt_decoder", "causal")), ("positions", ("", *_POSITIONS)),
+            ("layout", ("", "rmt_decoder", "causal")), ("positions", ("", *POSITIONS)),
             ("relative", ("clean", "shifted")),
         ):  # fmt: skip
             if getattr(self, name) not in accepted:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rmt_kernels.layout import SegmentLayout
 from rmt_kernels.models.blocks import ModelConfig, SegmentModel, Stack, ends
+from rmt_kernels.models.config import POSITIONS
 from rmt_kernels.recurrence.losses import TokenLoss
 from rmt_kernels.recurrence.segments import Segments
 from rmt_kernels.recurrence.wrapper import RecurrentMemory, RecurrentOutput
@@ -25,7 +26,6 @@ _LAYOUTS: dict[str, Callable[[int, int], SegmentLayout]] = {
     "rmt_decoder": SegmentLayout.rmt_decoder,
     "causal": SegmentLayout.causal,
 }
-_POSITIONS = ("learned", "relative", "alibi", "bias", "none")
 
 
 class NoMemory(SegmentModel):
@@ -33,7 +33,7 @@ class NoMemory(SegmentModel):
 
     name, recurrent = "none", False
     uses: ClassVar[tuple[str, ...]] = ("relative",)
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"positions": _POSITIONS}
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"positions": POSITIONS}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -55,7 +55,7 @@ class RMT(SegmentModel):
     name = "rmt"
     uses: ClassVar[tuple[str, ...]] = ("memory", "relative", "bptt")
     needs: ClassVar[tuple[str, ...]] = ("memory",)
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"layout": tuple(_LAYOUTS), "positions": _POSITIONS}
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"layout": tuple(_LAYOUTS), "positions": POSITIONS}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
