@@ -45,6 +45,9 @@ struct Row {
   int lo, hi, gap_lo, gap_hi, own;
 };
 
+// Whether a row sees nothing.
+RMT_HD bool blind(const Row& row) { return row.lo == row.hi && row.own < 0; }
+
 // Index of query row `q` of the call among all query rows of the layout: what dropout counts.
 RMT_HD int layout_row(const Layout& layout, const Sample& sample, int q) {
   return sample.query_start >= 0 ? layout.form[0].rows + sample.query_start + q : layout.skip + q;

@@ -125,15 +125,15 @@ class Recorded:
     def _of(self, rows: Tensor, key: Tensor) -> Tensor:
         """(batch, heads, rows, keys)"""
         layout, terms = self.layout, _mapped(lambda tensor: tensor.to(key.dtype), self.relative)
-        of_layout = self._layout_rows(rows)
-        visible = self._visible(of_layout)
-        query, offsets = self.query, None if terms is None else reference._offsets(layout, of_layout)
         if terms is not None and terms.shifted:  # a row's scores take in the next row's
             rows = torch.stack([rows, (rows + 1).clamp(max=layout.num_queries - 1)], dim=1).flatten()
-            offsets = None if offsets is None else offsets.repeat_interleave(2, dim=1)
-        scores = reference._scores(query[:, :, rows].to(key.dtype), key, self.scale, terms, offsets)
+        of_layout = self._layout_rows(rows)
+        visible = self._visible(of_layout)
+        blind = ~visible.any(dim=-1)[:, None, :, None]
+        query, offsets = self.query, None if terms is None else reference._offsets(layout, of_layout)
+        scores = reference._scores(query[:, :, rows].to(key.dtype), key, self.scale, terms, offsets, blind)
         if terms is not None and terms.shifted:
-            rows, scores = rows[::2], scores[:, :, ::2]
+            rows, visible, scores = rows[::2], visible[:, ::2], scores[:, :, ::2]
         scores = scores.masked_fill(~visible[:, None], float("-inf"))
         lse = scores.logsumexp(dim=-1) if self.lse is None else self.lse[:, :, rows].to(key.dtype)
         # A row that sees nothing has -inf - -inf.

@@ -64,9 +64,10 @@ def _offsets(layout: SegmentLayout, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _scores(
-    query: torch.Tensor, key: torch.Tensor, scale: float, terms: Terms | None, offsets: torch.Tensor | None
-) -> torch.Tensor:
-    """(batch, heads, queries, keys)"""
+    query: torch.Tensor, key: torch.Tensor, scale: float, terms: Terms | None, offsets: torch.Tensor | None,
+    blind: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """(batch, heads, queries, keys); ``blind``: bool (batch, 1, queries, 1), rows that see nothing."""
     if terms is None or offsets is None:
         return (query @ key.transpose(-1, -2)) * scale
     content = query if terms.content_bias is None else query + terms.content_bias[:, None]
@@ -75,6 +76,7 @@ def _scores(
     if terms.key is not None:
         entry = (offsets + terms.reach).clamp(0, terms.key.shape[1] - 1)[:, None].expand(scores.shape)
         position = query if terms.position_bias is None else query + terms.position_bias[:, None]
+        position = position.masked_fill(blind, 0.0)  # padding may hold anything
         products = position @ terms.key.transpose(-1, -2)  # (batch, heads, queries, offsets)
         here = products.gather(-1, entry)
         if terms.shifted:
@@ -123,7 +125,7 @@ def reference_attention(
 
     terms = relative.terms(layout, query) if isinstance(relative, Relative) else relative
     offsets = None if terms is None else _offsets(layout, rows)
-    scores = _scores(query, key, head_dim**-0.5 if scale is None else scale, terms, offsets)
+    scores = _scores(query, key, head_dim**-0.5 if scale is None else scale, terms, offsets, blind)
     # A blind row is given finite scores, so that no NaN arises in its gradient, and its results are replaced.
     scores = scores.masked_fill(~mask, float("-inf")).masked_fill(blind, 0.0)
     lse = scores.logsumexp(dim=-1).masked_fill(blind[..., 0], float("-inf"))

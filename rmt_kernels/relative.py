@@ -50,8 +50,8 @@ class Relative:
         bias: (heads, distances), added to the scores after scaling; heads may be 1. See also :meth:`alibi`.
         mode: what rows give keys ahead of them (distance below 0), as in READ -> READ: ``"clean"`` takes distance |d|,
             by symmetry; ``"shifted"`` does what the shift of Transformer-XL's code yields there, for its checkpoints:
-            with K keys, 0 at d = -1 and, beyond, ``(q_{i+1} + position_bias) . key[K + 1 + d]``. ``bias`` is symmetric
-            in both.
+            with K keys, 0 at d = -1 and, beyond, ``(q_{i+1} + position_bias) . key[K + 1 + d]``, 0 where row i + 1 is
+            padding. ``bias`` is symmetric in both.
 
     ``key`` and the two biases have the dtype of the query (autocast casts them). Gradients flow to all four.
 

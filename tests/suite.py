@@ -321,8 +321,10 @@ def expected(case: Case, with_lse: bool = True) -> Expected:
 class _Squares:
     """Scores with every factor squared, in which a case with ``relative`` is linear: what rounding moves."""
 
-    def __init__(self, problem: Problem, inputs: dict[str, Tensor], key: Tensor, offsets: Tensor | None) -> None:
-        self.problem, query = problem, inputs["query"]
+    def __init__(
+        self, problem: Problem, inputs: dict[str, Tensor], key: Tensor, offsets: Tensor | None, blind: Tensor
+    ) -> None:
+        self.problem, self.blind, query = problem, blind, inputs["query"]
         content = query + inputs["relative_content_bias"][:, None] if "relative_content_bias" in inputs else query
         position = query + inputs["relative_position_bias"][:, None] if "relative_position_bias" in inputs else query
         self.factors = {"content": content**2, "keys": key**2, "position": position**2} | {
@@ -340,7 +342,7 @@ class _Squares:
     def _table(self, key: Tensor, offsets: Tensor | None, /, **table: Tensor) -> Tensor:
         mode, position = RELATIVE[self.problem.case.relative][1], self.factors["position"]
         terms = Relative(**table, mode=mode).terms(self.problem.case.layout, position)
-        return reference._scores(position, torch.zeros_like(key), 1.0, terms, offsets)
+        return reference._scores(position, torch.zeros_like(key), 1.0, terms, offsets, self.blind)
 
     def gradients(self, terms: Tensor, scale: float) -> Results:
         """The noise of gradients, from that of the gradient of every score; where ``relative`` changes it."""
@@ -379,8 +381,9 @@ def _noise(problem: Problem, exact: Results, mask: Tensor, rows: Tensor, with_ls
     unit, unit32 = torch.finfo(case.dtype).eps / 2, torch.finfo(F32).eps / 2
     offsets = reference._offsets(case.layout, rows) if case.relative else None
     tables = problem.relative(inputs).terms(case.layout, query) if case.relative else None
-    scores = reference._scores(query, key, scale, tables, offsets).masked_fill(~mask, float("-inf"))
-    squares = _Squares(problem, inputs, key, offsets)
+    blind = ~mask.any(dim=-1, keepdim=True)
+    scores = reference._scores(query, key, scale, tables, offsets, blind).masked_fill(~mask, float("-inf"))
+    squares = _Squares(problem, inputs, key, offsets, blind)
     softmax = scores.softmax(dim=-1).nan_to_num(0.0)
     kept = torch.ones_like(softmax)
     if case.dropout_p:

@@ -132,6 +132,7 @@ NAMED = {
     "read_cache": Case(SegmentLayout.rmt_decoder(70, 8, cache=33, read_cache=True), relative="shifted"),
     "encoder": Case(SegmentLayout.rmt_encoder(120, 10), relative="shifted", head_dim=64),
     "encoder padded": Case(SegmentLayout.rmt_encoder(120, 10), batch=3, relative="all", padding="right"),
+    "many samples": Case(SMALL, batch=9, kv_heads=1, relative="all", head_dim=8),
     "window": Case(
         SegmentLayout.transformer_xl(90, 70, memory=5, window=70), batch=3, relative="transformer-xl", stale=True
     ),
@@ -169,9 +170,21 @@ def test_named(name: str, backend: Backend) -> None:
     run(NAMED[name], backend)
 
 
-@backends
+# What the interpreter, which takes seconds for a case, runs without --slow: between them most of what a case may have.
+QUICK = (0, 4, 10, 11, 14, 16, 18, 25, 31, 33, 35, 37)
+
+
 @pytest.mark.usefixtures("nan_memory")
-@pytest.mark.parametrize("number", range(40))
+@pytest.mark.parametrize(
+    ("number", "backend"),
+    [
+        pytest.param(
+            number, backend, id=f"{number}-{backend.name}",
+            marks=[pytest.mark.slow] if backend.interpreted and number not in QUICK else [],
+        )
+        for number in range(40) for backend in KERNELS
+    ],
+)  # fmt: skip
 def test_drawn(number: int, backend: Backend) -> None:
     run(drawn(number), backend)
 
@@ -217,6 +230,63 @@ def test_the_same_bits_for_any_number_of_threads_and_samples(dtype: torch.dtype)
     for name, tensor in results(few, on_backend("cpu")).items():
         if "relative" not in name:
             assert torch.equal(tensor, found[0][name][:2]), name
+
+
+@backends
+def test_keys_ahead_of_the_last_row_before_padding(backend: Backend) -> None:
+    """It sees keys ahead of it, and the row after it is padding: zeros."""
+    case = backend.version(Case(SegmentLayout.rmt_encoder(70, 3), batch=3, relative="shifted", padding="left"))
+    problem = make(case, backend.device)
+    if (reason := refusal(backend.name, problem, True)) is not None:
+        pytest.skip(reason)
+    exact = results(make(case), reference_attention, F64)
+    for name, tensor in results(problem, on_backend(backend.name)).items():
+        scale = float(exact[name].nan_to_num(neginf=0.0).abs().max())
+        torch.testing.assert_close(
+            tensor.cpu().double(), exact[name], rtol=0, atol=(1e-5 if tensor.dtype is F32 else 2e-2) * scale, msg=name
+        )
+
+
+@backends
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(SegmentLayout.rmt_decoder(70, 3, cache=20), relative="all", padding="right", stale=True, batch=4),
+        Case(SegmentLayout.rmt_decoder(70, 3, cache=20), relative="all", padding="left", stale=True, batch=4),
+        Case(SegmentLayout.rmt_decoder(70, 3, cache=20), relative="shifted", padding="right", stale=True, batch=4),
+        Case(SegmentLayout.rmt_decoder(70, 3, cache=20), relative="shifted", padding="left", stale=True, batch=4),
+        Case(SegmentLayout.rmt_encoder(70, 3), relative="shifted", padding="right", batch=4),
+        Case(SegmentLayout.rmt_encoder(70, 3), relative="shifted", padding="left", batch=4),
+    ],
+    ids=lambda case: case.label,
+)
+def test_padding_may_hold_anything(case: Case, dtype: torch.dtype, backend: Backend) -> None:
+    """NaN in padding, in stale keys and in what is sent to rows of padding changes no bit of any result."""
+    case = backend.version(replace(case, dtype=dtype, kv_heads=1, scores="random"))
+    clean, dirty = make(case, backend.device), make(case, backend.device)
+    if (reason := refusal(backend.name, clean, True)) is not None:
+        pytest.skip(reason)
+    layout = case.layout
+    position = torch.arange(layout.num_keys) - layout.key_offset("tokens")
+    token = (position >= 0) & (position < layout.tokens)
+    given = {name: value.cpu()[:, None] for name, value in clean.options.items() if isinstance(value, Tensor)}
+    first, last = given.get("token_starts", torch.zeros(1, 1)), given.get("token_lengths", torch.full((1, 1), 10**6))
+    padding = token & ((position < first) | (position >= last))
+    assert padding.any()
+    assert not padding.all()
+    stale = torch.arange(layout.num_keys) < given.get("cache_starts", torch.zeros(1, 1))
+    rows, keys = padding[:, None, -layout.num_queries :], (padding | stale)[:, None]
+    assert dirty.grad_out is not None
+    assert dirty.grad_lse is not None
+    for tensor, hidden in (
+        (dirty.inputs["query"], rows[..., None]), (dirty.inputs["key"], keys[..., None]),
+        (dirty.inputs["value"], keys[..., None]), (dirty.grad_out, rows[..., None]), (dirty.grad_lse, rows),
+    ):  # fmt: skip
+        tensor.masked_fill_(hidden.to(tensor.device), float("nan"))
+    expected, found = results(clean, on_backend(backend.name)), results(dirty, on_backend(backend.name))
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
 
 
 @pytest.mark.skipif(bool(cpu.why_missing), reason=cpu.why_missing)

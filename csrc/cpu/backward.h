@@ -237,13 +237,10 @@ class Backward {
     return biases ? reinterpret_cast<const T*>(biases) + static_cast<int64_t>(h) * p_.head_dim : nullptr;
   }
 
-  // Query + position bias. A row that sees nothing takes part where keys ahead of the row before meet it.
+  // Query + position bias. Rows that see nothing are zeros, for keys ahead of the row before too.
   void pack_positions(const QuerySide& to, const Workspace& w, int b, int h) const {
     const Rows<T> rows = head_of<T>(p_.query, p_.query, 0, b, h);
     const T* bias = vector_of(p_.relative.position_bias, h);
-    const auto meets = [&](int i) {
-      return to.lse[i] != kInf || (p_.relative.shifted && i > 0 && to.lse[i - 1] != kInf);
-    };
     const auto turn = [&](int from, E* transposed) {
       pack_transposed<Engine>(Engine::pair == 1 ? transposed : w.stage, to.position + from * n_.staged, n_.staged,
                               kPanel);
@@ -251,7 +248,7 @@ class Backward {
     };
     memset(to.position, 0, sizeof(E) * (n_.queries + 1) * n_.staged);
     for (int i = 0; i < p_.queries; ++i) {
-      if (!meets(i)) continue;
+      if (to.lse[i] == kInf) continue;
       stage_row(to.position + i * n_.staged, rows[i], p_.head_dim, n_.staged);
       if (bias) add_bias(to.position + i * n_.staged, bias, p_.head_dim);
     }
@@ -498,16 +495,18 @@ class Backward {
       store_scaled(row_at<T>(dv, b, g, row), w.dv + r * n_.width, 1.0f, p_.head_dim);
     }
   }
-  // `dposition`: what comes through the table, or null.
-  void write_queries(const Workspace& w, const float* dq, const float* dposition, int b, int h, int i) const {
+
+  void write_queries(const Workspace& w, const float* dq, const QuerySide& q, int b, int h, int i) const {
     transpose(reinterpret_cast<uint32_t*>(w.row), n_.width, reinterpret_cast<const uint32_t*>(dq), kPanel, n_.width,
               kPanel);
     const Sums sums = p_.relative.any() ? this->sums(b / kSamples, h) : Sums{};
     for (int r = 0; r < min_int(kPanel, p_.queries - i * kPanel); ++r) {
       float* row = w.row + r * n_.width;
-      const float* through = dposition ? dposition + static_cast<size_t>(i * kPanel + r) * n_.width : nullptr;
+      const bool sees = q.lse[i * kPanel + r] != kInf;
+      // What comes through the table.
+      const float* through = q.dposition && sees ? q.dposition + static_cast<size_t>(i * kPanel + r) * n_.width : nullptr;
       if (sums.dcontent) add_scaled(sums.dcontent, row, 1.0f, n_.width);
-      if (sums.dposition) add_scaled(sums.dposition, through, 1.0f, n_.width);
+      if (sums.dposition && through) add_scaled(sums.dposition, through, 1.0f, n_.width);
       if (through) add_scaled(row, through, 1.0f, n_.width);
       store_scaled(row_at<T>(p_.grad_query, b, h, i * kPanel + r), row, p_.scale, p_.head_dim);
     }
@@ -621,7 +620,7 @@ class Backward {
     for (int x = 0; x < p_.group(); ++x) {
       const QuerySide q = query_side(thread, x);
       for (int i = 0; i < n_.query_panels; ++i)
-        write_queries(w, q.dq + n_.packed(i * kPanel), q.dposition, b, g * p_.group() + x, i);
+        write_queries(w, q.dq + n_.packed(i * kPanel), q, b, g * p_.group() + x, i);
     }
     Engine::release(rt_);
   }
@@ -656,7 +655,7 @@ class Backward {
         tile(key_side(u, j), q, w, b, g * p_.group() + x, i, j, 0, w.dq);
       own_rows(q, w, b, g, g * p_.group() + x, i, j, w.dq, false);
     }
-    write_queries(w, w.dq, nullptr, b, g * p_.group() + x, i);
+    write_queries(w, w.dq, q, b, g * p_.group() + x, i);
     Engine::release(rt_);
   }
 

@@ -124,11 +124,13 @@ class Forward {
   }
 
   // The rows of a tile that meet the tables' keys: query + position bias. One more where keys ahead meet the next row.
+  // Rows that see nothing are zeros: padding may hold anything.
   void stage_positions(const Workspace& w, int b, int h, int q0, int count) const {
     const T* bias = vector_of(p_.relative.position_bias, h);
     for (int i = 0; i <= count; ++i) {
       E* row = w.position + i * n_.staged;
-      if (q0 + i < p_.queries && (i < count || p_.relative.shifted)) {
+      const bool there = q0 + i < p_.queries && (i < count || p_.relative.shifted);
+      if (there && !blind(i < count ? w.rows[i] : row_of(p_.layout, p_.sample(b), q0 + i))) {
         stage_row(row, row_at<T>(p_.query, b, h, q0 + i), p_.head_dim, n_.staged);
         if (bias) add_bias(row, bias, p_.head_dim);
       } else {
@@ -231,10 +233,9 @@ class Forward {
     const float rescale = p_.dropout.on() ? p_.dropout.rescale() : 1.0f;
     for (int i = 0; i < count; ++i) {
       const int h = h0 + i / queries, q = q0 + i % queries;
-      const bool blind = w.rows[i].lo == w.rows[i].hi && w.rows[i].own < 0;
-      store_scaled(row_at<T>(p_.out, b, h, q), w.o + i * n_.width, blind ? 0.0f : rescale / sum[i], p_.head_dim);
+      store_scaled(row_at<T>(p_.out, b, h, q), w.o + i * n_.width, blind(w.rows[i]) ? 0.0f : rescale / sum[i], p_.head_dim);
       p_.lse[(static_cast<int64_t>(b) * p_.heads + h) * p_.queries + q] =
-          blind ? -kInf : (pivot[i] * c + std::log2(sum[i])) * kLn2;
+          blind(w.rows[i]) ? -kInf : (pivot[i] * c + std::log2(sum[i])) * kLn2;
     }
   }
 
