@@ -50,7 +50,7 @@ _TASK: dict[str, dict[str, Any]] = {
     },
     # A token has to find the one before it, which ALiBi gives the first layer and learned positions give it late.
     "associative": {
-        "pairs": 3, "keys": 8, "values": 8, "tokens": 16, "width": 64, "memory": 8, "steps": 1200,
+        "pairs": 3, "keys": 8, "values": 8, "tokens": 16, "width": 64, "memory": 8, "steps": 1500,
         "learning_rate": 2e-3, "weight_decay": 1.0, "positions": "alibi",
     },
 }  # fmt: skip
