@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rmt_kernels.attention import segment_attention
 from rmt_kernels.layout import Region, Rule, SegmentLayout
+from rmt_kernels.padding import can_look, padding_runs
 from rmt_kernels.reference import reference_attention
 from rmt_kernels.scan import segment_scan
 
@@ -312,11 +313,6 @@ def _take(x: Tensor, layout: SegmentLayout, regions: Collection[Region | str], s
     return x[:, skip:] if skip else x
 
 
-def _can_look(mask: Tensor) -> bool:
-    """Whether a value may be looked at: not where that would break the graph or synchronise."""
-    return mask.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _hidden(name: str, mask: Tensor) -> Tensor:
     """A bool mask, True = hidden, from a bool one or from an additive one of 0 and -inf."""
     if isinstance(mask, Tensor) and mask.dtype is torch.bool:
@@ -325,7 +321,7 @@ def _hidden(name: str, mask: Tensor) -> Tensor:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name} must be a bool tensor, or a float tensor of 0 and -inf, got {kind}")
     hidden = mask == float("-inf")
-    if _can_look(mask) and not bool((hidden | (mask == 0)).all()):
+    if can_look(mask) and not bool((hidden | (mask == 0)).all()):
         raise ValueError(f"{name}: a float mask may hold 0 and -inf only; no backend adds other biases to the scores")
     return hidden
 
@@ -338,39 +334,16 @@ def _padding(mask: Tensor, query: Tensor, first: int, tokens: int) -> tuple[Tens
             f"key_padding_mask must have shape {tuple(query.shape[:2])} on {query.device}, got {tuple(mask.shape)} on "
             f"{mask.device}"
         )
-    region = hidden[:, first : first + tokens]
-    count = region.sum(dim=1, dtype=torch.int32)
-    right = torch.arange(tokens, device=mask.device) >= tokens - count[:, None]
-    stray = hidden.sum(dim=1) != count
-    if _can_look(mask):
-        if bool(stray.any()):
-            raise ValueError(
-                f"key_padding_mask: only TOKENS rows, [{first}, {first + tokens}), may be padding, got padding among "
-                "the memory or cache rows"
-            )
-        if not bool(count.any()):
-            return None, None
-        if torch.equal(region, right):
-            return tokens - count, None
-        if torch.equal(region, right.flip(1)):
-            return None, count
-        raise ValueError(
-            "key_padding_mask: padding must be one run at one end of TOKENS, the same end in the whole batch; for "
-            "other masks use nn.MultiheadAttention"
-        )
-    fits = (region == right).all(dim=1) & ~stray
-    if mask.device.type == "cpu":
-        torch._assert_async(
-            fits.all(), "key_padding_mask: padding must be on the right of TOKENS here; for the left use token_starts"
-        )
-    # A length out of range makes the kernels of other devices write NaN.
-    return torch.where(fits, tokens - count, -1), None
+    return padding_runs(
+        hidden, first, tokens, name="key_padding_mask", elsewhere="for the left use token_starts",
+        otherwise="for other masks use nn.MultiheadAttention",
+    )  # fmt: skip
 
 
 def _resolve(layout: SegmentLayout | None, rows: int, attn_mask: Tensor | None, is_causal: bool) -> SegmentLayout:
     """The layout of a call, in agreement with its attn_mask and is_causal."""
     hidden = None if attn_mask is None else _hidden("attn_mask", attn_mask)
-    look = attn_mask is not None and _can_look(attn_mask)
+    look = attn_mask is not None and can_look(attn_mask)
     if layout is None:
         causal = bool(is_causal) or (look and hidden is not None and bool(hidden.any()))
         layout = _whole(operator.index(rows), causal)  # index() makes a number of a compiled graph's symbol

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
-from rmt_kernels.recurrence.policies import Replay, Truncate, resolve
+from rmt_kernels.recurrence.policies import from_plain, resolve, to_plain
 
 __all__ = ["POSITIONS", "ModelConfig"]
 
@@ -99,12 +99,12 @@ class ModelConfig:
             raise ValueError(f"temperature must be finite and above 0, got {self.temperature}")
         if not isinstance(self.backend, str):
             raise TypeError(f"backend must be a str, got {type(self.backend).__name__}")
-        object.__setattr__(self, "bptt", _policy_from(self.bptt))
+        object.__setattr__(self, "bptt", from_plain(self.bptt))
         resolve(self.bptt)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as a plain JSON value."""
-        return {field.name: getattr(self, field.name) for field in fields(self)} | {"bptt": _policy_to(self.bptt)}
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"bptt": to_plain(self.bptt)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -117,24 +117,3 @@ class ModelConfig:
         if missing:
             raise ValueError(f"a model's configuration needs {missing}, got only {list(values)}")
         return cls(**values)
-
-
-def _policy_to(bptt: Any) -> Any:
-    if isinstance(bptt, (Replay, Truncate)):
-        return {type(bptt).__name__.lower(): asdict(bptt)}
-    return bptt
-
-
-def _policy_from(bptt: Any) -> Any:
-    if bptt == "replay":
-        return Replay()
-    if isinstance(bptt, Mapping):
-        if set(bptt) == {"truncate"}:
-            return Truncate(**bptt["truncate"])
-        if set(bptt) == {"replay"}:
-            inside = dict(bptt["replay"])
-            if isinstance(inside.get("truncate"), Mapping):
-                inside["truncate"] = Truncate(**inside["truncate"])
-            return Replay(**inside)
-        raise ValueError(f"bptt: a mapping must be {{'replay': ...}} or {{'truncate': ...}}, got {dict(bptt)}")
-    return bptt

@@ -259,14 +259,7 @@ class SampleLoss:
     ) -> Tensor:
         """See :class:`SegmentLoss`."""
         labels, counted = targets
-        if self.row >= hidden.shape[1]:
-            raise ValueError(f"row must be below {hidden.shape[1]}, the TOKENS rows of a segment, got {self.row}")
-        if counts is None:
-            chosen = hidden[:, self.row]
-        else:
-            last = (counts.long() - 1).clamp(min=0)
-            index = last if self.row < 0 else last.clamp(max=self.row)
-            chosen = hidden[torch.arange(len(hidden), device=hidden.device), index]
+        chosen = self.chosen(hidden, counts)
         logits = chosen if head is None else head(chosen)
         if self.function is None:
             losses = F.cross_entropy(_wide(logits), labels, reduction="none")
@@ -275,6 +268,16 @@ class SampleLoss:
         if losses.shape != counted.shape:
             raise ValueError(f"loss must return one number a sample, {tuple(counted.shape)}, got {tuple(losses.shape)}")
         return _wide(losses).masked_fill(~counted, 0).sum() * factor
+
+    def chosen(self, hidden: Tensor, counts: Tensor | None) -> Tensor:
+        """The row of each sample that predicts, (batch, width), of TOKENS rows (batch, T, width)."""
+        if self.row >= hidden.shape[1]:
+            raise ValueError(f"row must be below {hidden.shape[1]}, the TOKENS rows of a segment, got {self.row}")
+        if counts is None:
+            return hidden[:, self.row]
+        last = (counts.long() - 1).clamp(min=0)
+        index = last if self.row < 0 else last.clamp(max=self.row)
+        return hidden[torch.arange(len(hidden), device=hidden.device), index]
 
 
 def _wide(x: Tensor) -> Tensor:

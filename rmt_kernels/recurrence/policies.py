@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rmt_kernels.recurrence.checks import at_least
 
-__all__ = ["Policy", "Replay", "ReplayError", "Truncate", "resolve"]
+__all__ = ["Policy", "Replay", "ReplayError", "Truncate", "from_plain", "resolve", "to_plain"]
 
 
 class ReplayError(RuntimeError):
@@ -139,3 +140,26 @@ def resolve(bptt: Any) -> Policy:
     raise TypeError(
         f"bptt must be 'full', the number of segments to go back through, Truncate(...) or Replay(...), got {bptt!r}"
     )
+
+
+def to_plain(bptt: Any) -> Any:
+    """``bptt=`` as plain JSON values."""
+    if isinstance(bptt, (Replay, Truncate)):
+        return {type(bptt).__name__.lower(): asdict(bptt)}
+    return bptt
+
+
+def from_plain(bptt: Any) -> Any:
+    """The inverse of :func:`to_plain`; ``"replay"`` is ``Replay()``."""
+    if bptt == "replay":
+        return Replay()
+    if isinstance(bptt, Mapping):
+        if set(bptt) == {"truncate"}:
+            return Truncate(**bptt["truncate"])
+        if set(bptt) == {"replay"}:
+            inside = dict(bptt["replay"])
+            if isinstance(inside.get("truncate"), Mapping):
+                inside["truncate"] = Truncate(**inside["truncate"])
+            return Replay(**inside)
+        raise ValueError(f"bptt: a mapping must be {{'replay': ...}} or {{'truncate': ...}}, got {dict(bptt)}")
+    return bptt

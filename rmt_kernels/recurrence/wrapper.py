@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
 from rmt_kernels.layout import Region, Rule, SegmentLayout
-from rmt_kernels.recurrence.losses import SegmentLoss, TokenLoss, Weighed
+from rmt_kernels.recurrence.losses import SampleLoss, SegmentLoss, TokenLoss, Weighed
 from rmt_kernels.recurrence.policies import Policy, Replay, resolve
 from rmt_kernels.recurrence.randomness import RandomState
 from rmt_kernels.recurrence.replay import activation_bytes, run
@@ -23,7 +23,7 @@ from rmt_kernels.recurrence.segments import Segments
 
 __all__ = ["Batch", "RecurrentMemory", "RecurrentOutput", "SegmentCall", "Stretch"]
 
-_OUTPUTS = (None, "hidden", "logits", "last_hidden", "last_logits")
+_OUTPUTS = (None, "hidden", "logits", "last_hidden", "last_logits", "sample_logits")
 LayoutOf = Callable[[int, int], SegmentLayout]
 
 
@@ -32,7 +32,7 @@ class RecurrentOutput(NamedTuple):
 
     loss: Tensor | None  # 0-dim; None without labels
     memory: Tensor  # (batch, M, width), after the last segment
-    outputs: Tensor | None  # (batch, length or segment, width or classes), where asked for
+    outputs: Tensor | None  # (batch, length or segment, width or classes) or (batch, classes), where asked for
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SegmentCall:
     targets: tuple[Tensor, ...] | None  # of the loss; None: the segment has none
     factor: Tensor | None  # 0-dim
     layout: SegmentLayout
-    output: str | None  # "hidden", "logits" or None
+    output: str | None  # "hidden", "logits", "sample_logits" or None
     extra: Mapping[str, Any]  # for the backbone
 
 
@@ -269,7 +269,9 @@ class RecurrentMemory(nn.Module):
             memory: (batch, M, width) in the dtype of ``initial_memory``, what an earlier call returned. None: start.
             segment: tokens of a segment in this call.
             outputs: ``"hidden"`` or ``"logits"``: return them for every token, (batch, length, ...), 0 at padding;
-                ``"last_hidden"``, ``"last_logits"``: for the last segment, (batch, segment, ...).
+                ``"last_hidden"``, ``"last_logits"``: for the last segment, (batch, segment, ...);
+                ``"sample_logits"``: with :class:`SampleLoss`, those of the row that predicts in each sample's last
+                segment, (batch, classes).
             progress: show a progress bar.
             extra: for the backbone, the same in every segment.
 
@@ -342,6 +344,10 @@ class RecurrentMemory(nn.Module):
             raise ValueError(f"outputs must be one of {list(_OUTPUTS)}, got {outputs!r}")
         if outputs is not None and outputs.endswith("logits") and self.head is None:
             raise ValueError(f"outputs={outputs!r} needs a head; give RecurrentMemory head=, or ask for 'hidden'")
+        if outputs == "sample_logits" and not isinstance(self.loss, SampleLoss):
+            raise ValueError(
+                "outputs='sample_logits' is for one label a sample: give RecurrentMemory loss=SampleLoss()"
+            )
         if memory is not None:
             self._check_memory_argument(memory, len(inputs), device)
         taken = [name for name in ("layout", "token_lengths") if name in extra]
@@ -526,16 +532,20 @@ class RecurrentMemory(nn.Module):
             _finite(new, f"the memory that leaves {name}")
 
         output = None
-        if call.output is not None:
+        if call.output in ("hidden", "logits"):
             output = middle[:, front:]
             if call.output == "logits":
                 assert self.head is not None
                 output = self.head(output)
+        full = None if counts is None else counts + front
+        if call.output == "sample_logits":
+            assert self.head is not None
+            assert isinstance(self.loss, SampleLoss)
+            output = self.head(self.loss.chosen(middle, full))
         # Last, for a pass that recomputes a segment leaves it out, with the random numbers that a head may draw.
         loss = None
         if call.targets is not None:
             assert call.factor is not None
-            full = None if counts is None else counts + front
             loss = self.loss.of_segment(middle, call.targets, full, self.head, call.factor)
         return loss, new, output
 
@@ -620,6 +630,10 @@ def join(batch: Batch, pieces: Sequence[Tensor | None]) -> Tensor | None:
         return None
     if batch.output.startswith("last_"):
         return pieces[-1]
+    if batch.output == "sample_logits":
+        each = torch.stack([piece for piece in pieces if piece is not None], dim=1)  # (batch, count, classes)
+        last = batch.segments.last().clamp(min=0).expand(len(each))
+        return each[torch.arange(len(each), device=each.device), last]
     segments = batch.segments
     joined = torch.cat([piece for piece in pieces if piece is not None], dim=1)  # (batch, count * size, ...)
     if segments.lengths is None and segments.length % segments.size == 0:

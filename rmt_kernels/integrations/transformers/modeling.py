@@ -1,0 +1,364 @@
+"""RMT around a pretrained model of transformers (arXiv 2207.06881, 2304.11062)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput
+
+from rmt_kernels.integrations.transformers.attention import EXPLICIT, check_interface, register
+from rmt_kernels.integrations.transformers.config import RMTConfig
+from rmt_kernels.integrations.transformers.masks import CAUSAL
+from rmt_kernels.integrations.transformers.rows import Backbone, Head, check_positions
+from rmt_kernels.layout import SegmentLayout
+from rmt_kernels.recurrence import RecurrentMemory, SampleLoss, SegmentLoss, TokenLoss
+from rmt_kernels.recurrence.policies import from_plain
+
+__all__ = ["RMTForMaskedLM", "RMTForSequenceClassification", "RMTOutput", "RMTPreTrainedModel", "Unpadded"]
+
+
+@dataclass
+class RMTOutput(ModelOutput):  # type: ignore[misc]
+    """What the models return.
+
+    loss: 0-dim, with labels. logits: (batch, n, vocabulary), 0 at padding; of a classifier (batch, classes); of a step
+    of generation (batch, 1, vocabulary). memory: (batch, M, width), after the last segment. past_key_values: the state
+    of generation.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    memory: Tensor | None = None
+    past_key_values: Any = None
+
+
+@dataclass(frozen=True)
+class Unpadded:
+    """Samples with their tokens in front and padding behind, from a mask of any padding."""
+
+    lengths: Tensor | None  # int64 (batch,); None: no padding at all
+    order: Tensor | None  # int64 (batch, n), where each token was; None: where it is
+
+    @classmethod
+    def of(cls, ids: Tensor, mask: Tensor | None) -> Unpadded:
+        """mask: (batch, n), not 0 at tokens. Reads back one number from a GPU; None: nothing."""
+        if mask is None:
+            return cls(None, None)
+        if mask.shape != ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, got {tuple(mask.shape)}; memory "
+                "rows are no part of it"
+            )
+        there = mask != 0
+        if bool(there.all()):
+            return cls(None, None)
+        lengths = there.sum(dim=1)
+        if bool((there[:, 1:] <= there[:, :-1]).all()):
+            return cls(lengths, None)
+        return cls(lengths, there.logical_not().to(torch.uint8).argsort(dim=1, stable=True))
+
+    def front(self, x: Tensor) -> Tensor:
+        """(batch, n) with tokens in front."""
+        return x if self.order is None else x.gather(1, self.order)
+
+    def back(self, x: Tensor) -> Tensor:
+        """(batch, n, ...) with tokens where they were."""
+        if self.order is None:
+            return x
+        index = self.order.view(*self.order.shape, *(1,) * (x.dim() - 2)).expand_as(x)
+        return torch.zeros_like(x).scatter(1, index, x)
+
+
+class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """A base model that reads segments and hands M memory rows on; ``model`` and ``initial_memory`` are its parts.
+
+    Args:
+        config: see :class:`RMTConfig`.
+        base: the base model, whose attention is replaced; None: made from ``config.base_config`` with new weights.
+
+    Raises:
+        ValueError: a base model that can't be told who sees whom, or a segment longer than its table of positions.
+    """
+
+    config_class = RMTConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _auto: ClassVar[Any] = AutoModel
+    _tied_weights_keys: ClassVar[Any] = None
+
+    def __init__(self, config: RMTConfig, base: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        register()
+        if base is None:
+            if config.base_config is None:
+                raise ValueError("config.base_config is not set; give RMTConfig the base model's configuration")
+            base = self._auto.from_config(config.base_config, attn_implementation=EXPLICIT)
+        check_interface(base)
+        base.set_attn_implementation(EXPLICIT)
+        self.model = base
+        config.base_config = base.config
+        base.config.rmt_backend = config.rmt_backend
+        decoder = self._decoder
+        self.layout = self._make_layout(config, getattr(decoder.config, "is_decoder", False))
+        check_positions(decoder, self.layout.num_keys, f"{config.segment} tokens, {config.front} marks and the memory")
+        width = decoder.get_input_embeddings().weight.shape[1]
+        self.initial_memory = nn.Parameter(torch.zeros(config.memory, width))
+        self._add_parts(config, width)
+        self._no_split_modules = getattr(base, "_no_split_modules", None)
+        self.post_init()
+
+    @classmethod
+    def from_base(cls, base: PreTrainedModel | str, *, memory: int, segment: int, **fields: Any) -> Any:
+        """RMT around a base model, with memory drawn as its embedding's weights are distributed.
+
+        Args:
+            base: a model of transformers with the head that this class needs, or a name that ``from_pretrained`` takes.
+            memory, segment, fields: see :class:`RMTConfig`.
+        """
+        if not isinstance(base, PreTrainedModel):
+            base = cls._auto.from_pretrained(base)
+        made = cls(RMTConfig(base.config, memory=memory, segment=segment, **fields), base)
+        made.to(base.dtype)
+        made.reset_memory()
+        return made
+
+    @torch.no_grad()
+    def reset_memory(self) -> None:
+        """Draw ``initial_memory`` anew, with the standard deviation of the embedding's weights."""
+        weight = self.get_input_embeddings().weight
+        if weight.device.type != "meta":
+            self.initial_memory.normal_(std=float(weight.float().std()))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self:
+            self.reset_memory()
+        elif module is getattr(self, "score", None):
+            module.weight.data.normal_(std=0.02)
+            module.bias.data.zero_()
+
+    @property
+    def _decoder(self) -> PreTrainedModel:
+        """The base model without a head."""
+        found: PreTrainedModel = self.model.base_model
+        return found
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base model's."""
+        found: nn.Module = self.model.get_input_embeddings()
+        return found
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """The base model's."""
+        self.model.set_input_embeddings(value)
+
+    def _make_layout(self, config: RMTConfig, is_decoder: bool) -> SegmentLayout:
+        raise NotImplementedError
+
+    def _add_parts(self, config: RMTConfig, width: int) -> None:
+        """Make what a model has besides its base."""
+
+    def _loss(self) -> SegmentLoss:
+        return TokenLoss()
+
+    def _head(self) -> nn.Module:
+        return Head(self.model)
+
+    @property
+    def recurrence(self) -> RecurrentMemory:
+        """The segments' recurrence over this model's parts; its parameters are this model's."""
+        embed, bptt = self.get_input_embeddings(), from_plain(self.config.bptt)
+        parts = (embed, *self._modules.values(), *self.model._modules.values())
+        made = self.__dict__.get("_recurrence")
+        if made is None or made[0] != [id(part) for part in parts]:
+            config = self.config
+            recurrence = RecurrentMemory(
+                Backbone(self._decoder, config), memory=torch.zeros_like(self.initial_memory, device="cpu"),
+                segment=config.segment, layout=self.layout, embed=embed, head=self._head(), loss=self._loss(),
+                align=config.align, bptt=bptt, prefix=self._prefix(),
+            )  # fmt: skip
+            # Not a submodule: every part of it is one already.
+            made = self.__dict__["_recurrence"] = ([id(part) for part in parts], recurrence)
+        found: RecurrentMemory = made[1]
+        found.initial_memory = self.initial_memory
+        found.bptt = bptt
+        if found.prefix is not None:
+            found.prefix = found.prefix.to(self.initial_memory.device)
+        return found.train(self.training)
+
+    def _prefix(self) -> list[int] | None:
+        if not self.config.marks:
+            return None
+        cls, sep = self.config.marks
+        return [cls, sep, sep]
+
+    def _segments(
+        self, input_ids: Tensor, mask: Tensor | None, labels: Tensor | None, memory: Tensor | None, outputs: str | None,
+        items: Any = None,
+    ) -> RMTOutput:  # fmt: skip
+        """All segments of whole samples."""
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+            raise ValueError("input_ids must be token numbers, int64 (batch, n)")
+        unpadded = Unpadded.of(input_ids, mask)
+        each = labels is not None and labels.shape == input_ids.shape
+        found = self.recurrence(
+            unpadded.front(input_ids), labels=unpadded.front(labels) if each else labels, lengths=unpadded.lengths,
+            memory=memory, outputs=outputs,
+        )  # fmt: skip
+        loss, logits = found.loss, found.outputs
+        if loss is not None and items is not None:
+            # Trainer's mean over the tokens of several batches, of which this is one.
+            loss = loss * self._counted(unpadded, labels) / items
+        if logits is not None and outputs == "logits":
+            logits = unpadded.back(logits)
+        return RMTOutput(loss=loss, logits=logits, memory=found.memory)
+
+    def _counted(self, unpadded: Unpadded, labels: Any) -> Tensor:
+        """How many labels count."""
+        labels = unpadded.front(labels)
+        counted: Tensor = labels != -100
+        if unpadded.lengths is not None:
+            counted = counted & (torch.arange(labels.shape[1], device=labels.device) < unpadded.lengths[:, None])
+        loss = self.recurrence.loss
+        if isinstance(loss, TokenLoss) and loss.shift:
+            counted = counted[:, 1:]
+        return counted.sum()
+
+
+def given_only(name: str, others: dict[str, Any]) -> None:
+    """Raise TypeError for arguments that would be without effect."""
+    harmless = {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "cache_position",
+                "position_ids", "token_type_ids", "logits_to_keep"}  # fmt: skip
+    wrong = [key for key, value in others.items() if value is not None and value is not False and key not in harmless]
+    asked = [key for key in ("output_attentions", "output_hidden_states") if others.get(key)]
+    if wrong or asked:
+        raise TypeError(
+            f"{name} has no argument {', '.join(wrong + asked)}; it takes input_ids, attention_mask, labels and "
+            "memory, and rmt_kernels.maps recomputes attention maps"
+        )
+
+
+class RMTForMaskedLM(RMTPreTrainedModel):
+    """An encoder over segments: every row sees every row of its segment, memory rows included."""
+
+    _auto = AutoModelForMaskedLM
+
+    def _make_layout(self, config: RMTConfig, is_decoder: bool) -> SegmentLayout:
+        if config.mask == CAUSAL or is_decoder:
+            raise ValueError(f"mask: {type(self).__name__} is an encoder, whose rows see both ways; use mask='rmt'")
+        return SegmentLayout.rmt_encoder(config.segment + config.front, config.memory)
+
+    def _loss(self) -> SegmentLoss:
+        return TokenLoss(shift=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The base model's."""
+        found: nn.Module = self.model.get_output_embeddings()
+        return found
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
+        memory: Tensor | None = None, num_items_in_batch: Any = None, **others: Any,
+    ) -> RMTOutput:  # fmt: skip
+        """Read whole samples.
+
+        Args:
+            input_ids: int64 (batch, n), any n.
+            attention_mask: (batch, n), 0 at padding, on either side.
+            labels: int64 (batch, n), -100 where none counts.
+            memory: what an earlier call returned, (batch, M, width). None: the start.
+            num_items_in_batch: of Trainer: what the loss is divided by in place of the number of labels.
+
+        Returns:
+            RMTOutput; logits are left out in training.
+        """
+        given_only(type(self).__name__, others)
+        outputs = None if labels is not None and self.training else "logits"
+        return self._segments(input_ids, attention_mask, labels, memory, outputs, num_items_in_batch)
+
+
+class RMTForSequenceClassification(RMTPreTrainedModel):
+    """One label a sample, from its last segment: of an encoder from the first row (CLS), of a decoder from the last
+    token. ``config.num_labels`` classes; one: a number, with squared error."""
+
+    _auto = AutoModel
+
+    def _add_parts(self, config: RMTConfig, width: int) -> None:
+        self.score = nn.Linear(width, config.num_labels)
+
+    @property
+    def _encodes(self) -> bool:
+        return self.layout.write == 0
+
+    def _make_layout(self, config: RMTConfig, is_decoder: bool) -> SegmentLayout:
+        if sees_both_ways(self._decoder):
+            if config.mask == CAUSAL:
+                raise ValueError("mask: the base model's rows see both ways; use mask='rmt'")
+            return SegmentLayout.rmt_encoder(config.segment + config.front, config.memory)
+        return decoder_layout(config)
+
+    def _loss(self) -> SegmentLoss:
+        one = self.config.num_labels == 1
+        return SampleLoss(_squared if one else None, row=0 if self._encodes else -1)
+
+    def _head(self) -> nn.Module:
+        return _Classifier(self._decoder, self.score)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
+        memory: Tensor | None = None, **others: Any,
+    ) -> RMTOutput:  # fmt: skip
+        """Read whole samples; labels: int64 (batch,), or float (batch,) where there is one class. See the base class;
+        logits are (batch, classes)."""
+        given_only(type(self).__name__, others)
+        return self._segments(input_ids, attention_mask, labels, memory, "sample_logits")
+
+
+class _Classifier(nn.Module):
+    """The base model's pooler, where it has one, and the output layer."""
+
+    def __init__(self, base: PreTrainedModel, score: nn.Module) -> None:
+        super().__init__()
+        self.pooler, self.score = getattr(base, "pooler", None), score
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(batch, width) to (batch, classes)."""
+        if self.pooler is not None:
+            rows = self.pooler(rows[:, None])
+        logits: Tensor = self.score(rows)
+        return logits
+
+
+def _squared(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.squeeze(-1) - labels.to(logits.dtype)).square()
+
+
+def sees_both_ways(base: PreTrainedModel) -> bool:
+    """Whether a base model's attention is an encoder's."""
+    flags = [part.is_causal for part in base.modules() if isinstance(getattr(part, "is_causal", None), bool)]
+    return bool(flags) and not any(flags)
+
+
+def decoder_layout(config: RMTConfig) -> SegmentLayout:
+    """Of a decoder's segment."""
+    if config.marks:
+        raise ValueError("marks: CLS and SEP are for encoders; leave marks out for a decoder")
+    make = SegmentLayout.causal if config.mask == CAUSAL else SegmentLayout.rmt_decoder
+    return make(config.segment, config.memory)
+
+
+AutoConfig.register("rmt", RMTConfig, exist_ok=True)
+AutoModelForMaskedLM.register(RMTConfig, RMTForMaskedLM, exist_ok=True)
+AutoModelForSequenceClassification.register(RMTConfig, RMTForSequenceClassification, exist_ok=True)
