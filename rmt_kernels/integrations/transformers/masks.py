@@ -47,6 +47,16 @@ class SegmentMask(NamedTuple):
     query_start: Tensor | None = None  # int32 (batch,), TOKENS position of the first row
     side: str = "right"  # of the padding, where it can't be looked at
 
+    # ``generate`` with a static cache asks for the mask itself, and handles it as the 4-D tensor that it expects.
+    @property
+    def ndim(self) -> int:
+        """4: ready for the layers."""
+        return 4
+
+    def contiguous(self) -> SegmentMask:
+        """Itself."""
+        return self
+
 
 def memory_sizes(config: Any) -> tuple[int, int] | None:
     """READ and WRITE rows of ``config.rmt_memory``: an int for both, or ``{"read": ..., "write": ...}``; None: not set.
@@ -80,27 +90,33 @@ def segment_mask(
     kv_length: int,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = _CAUSAL,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | SegmentMask | None = None,
     config: Any = None,
     cache_position: Tensor | None = None,
     q_length: int | None = None,
     q_offset: int | Tensor = 0,
     local_size: int | None = None,
     device: torch.device | None = None,
+    use_vmap: bool = False,
     **unused: Any,
 ) -> SegmentMask:
     """The hook, with the keywords of transformers up to 5.3 (``cache_position``) and from 5.4 on (``q_length``,
     ``q_offset``)."""
+    if isinstance(attention_mask, SegmentMask):
+        return attention_mask
     if q_length is None:
         if cache_position is None:
-            raise TypeError(
-                "segment_mask needs q_length, or cache_position; this version of transformers gives neither"
-            )
+            raise TypeError("segment_mask needs q_length or cache_position; this transformers gives neither")
         q_length, device = cache_position.shape[0], cache_position.device
         q_offset = 0 if q_length == kv_length else cache_position[0]
     decoder = mask_function is _CAUSAL
     refused = missing = ""
-    if not decoder and mask_function is not _BIDIRECTIONAL:
+    if not decoder and mask_function is not _BIDIRECTIONAL and torch.compiler.is_compiling():
+        # What it is made of can't be looked at; a trace always has the function for packed documents.
+        decoder = True
+        if use_vmap or (local_size is not None and local_size < kv_length):
+            refused = f"a mask of the model's own, or attention to the last {local_size} keys only,"
+    elif not decoder and mask_function is not _BIDIRECTIONAL:
         kinds = list(dict.fromkeys(_kinds(mask_function)))
         harmless = kinds == ["a sliding window"] and local_size is not None and local_size >= kv_length
         decoder = True
@@ -108,8 +124,8 @@ def segment_mask(
             missing = (
                 f"{kinds[0]}: attention to the memory would be cut; give attention_mask=, or rmt_layout= with each call"
             )
-        elif not harmless:
-            refused = f"{' and '.join(kinds) or 'a mask function of the model or of the caller'}"
+        elif kinds and not harmless:
+            refused = " and ".join(kinds)
     hidden = None if attention_mask is None else ~attention_mask.bool()
     side = "left" if q_length < kv_length else getattr(config, "rmt_padding_side", "right")
     sizes = memory_sizes(config)
@@ -172,13 +188,20 @@ def _cut(hidden: Tensor | None, keys: int, ahead: bool = False) -> Tensor | None
 
 
 def _kinds(function: Callable[..., Any]) -> Iterator[str]:
-    """What a composed mask function is made of."""
+    """What a composed mask function restricts, beside causality."""
+    if function is _CAUSAL or function is _BIDIRECTIONAL:
+        return
     name = getattr(function, "__qualname__", "").split(".")[0]
-    if name in _KINDS:
+    content = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    # transformers 4 composes it always, with the number of each row's document: it may be the same for all.
+    numbers = [part for part in content if isinstance(part, Tensor)] if name == "packed_sequence_mask_function" else []
+    if name in _KINDS and not (numbers and all(bool((part == part[:, :1]).all()) for part in numbers)):
         yield _KINDS[name]
-    for cell in getattr(function, "__closure__", None) or ():
-        content = cell.cell_contents
-        for part in content if isinstance(content, (tuple, list)) else (content,):
+    elif name not in (*_KINDS, "and_masks", "or_masks"):
+        yield "a mask function of the model or of the caller"
+        return
+    for inner in content:
+        for part in inner if isinstance(inner, (tuple, list)) else (inner,):
             if callable(part):
                 yield from _kinds(part)
 
