@@ -61,12 +61,12 @@ def register_flash_provider() -> None:
         RuntimeError: this PyTorch has no registry of flash-attention implementations.
     """
     try:
-        from torch.library import get_kernel  # noqa: F401  the replaced implementations serve what we do not
-        from torch.nn.attention import register_flash_attention_impl
+        from torch.library import get_kernel  # noqa: F401  what is not served goes to the replaced implementation
+        from torch.nn.attention import register_flash_attention_impl, restore_flash_attention_impl  # noqa: F401
     except ImportError as error:
         raise RuntimeError(
-            f"PyTorch {torch.__version__} has no complete registry of flash-attention implementations ({error}); it "
-            "came with PyTorch 2.11: upgrade, or call rmt_kernels.segment_attention"
+            f"PyTorch {torch.__version__} has no complete registry of flash-attention implementations ({error}): "
+            "install PyTorch 2.11 or later, or call rmt_kernels.segment_attention"
         ) from None
     register_flash_attention_impl(NAME, register_fn=_Active)
 
