@@ -16,7 +16,7 @@ pytest.importorskip("transformers", minversion="4.57")
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from rmt_kernels import SegmentLayout
+from rmt_kernels import SegmentLayout, segment_attention
 from rmt_kernels.integrations.transformers import attention, masks, register, swap_in
 from tests.families import DECODERS, ENCODERS, OLD, make
 
@@ -134,8 +134,9 @@ def test_the_hook_makes_no_tensor_of_queries_and_keys(monkeypatch: pytest.Monkey
     made: list[Any] = []
 
     def spy(**arguments: Any) -> masks.SegmentMask:
-        made.append(masks.segment_mask(**arguments))
-        return made[-1]
+        mask = masks.segment_mask(**arguments)
+        made.append(mask)
+        return mask
 
     model = make("llama")
     swap_in(model, M)
@@ -151,7 +152,7 @@ def test_the_hook_makes_no_tensor_of_queries_and_keys(monkeypatch: pytest.Monkey
 
 def test_heads_are_not_repeated_and_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    real = attention.segment_attention
+    real = segment_attention
 
     def spy(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Any:
         seen.append((query.shape, key.shape, value.is_contiguous()))

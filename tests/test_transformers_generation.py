@@ -157,6 +157,7 @@ def test_nothing_grows() -> None:
         out = model.generate(tokens(1, length), max_new_tokens=2 * T, return_dict_in_generate=True, **GREEDY)
         state = out.past_key_values
         assert isinstance(state, RMTState)
+        assert state.memory is not None
         sizes.append([tuple(buffer.shape) for layer in state.buffers for buffer in layer] + [tuple(state.memory.shape)])
     assert sizes[0] == sizes[1]
     assert sizes[0][0] == (1, 2, 2 * M + T, 16)

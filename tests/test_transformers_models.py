@@ -52,9 +52,8 @@ def by_hand(
 
     ``stock`` is a copy of the base model, ``start`` its memory to begin with.
     """
-    batch, embed, make_layout = len(ids), stock.get_input_embeddings(), SegmentLayout.rmt_decoder
-    if model.config.mask == "rmt_causal":
-        make_layout = SegmentLayout.causal
+    batch, embed = len(ids), stock.get_input_embeddings()
+    make_layout: Any = SegmentLayout.causal if model.config.mask == "rmt_causal" else SegmentLayout.rmt_decoder
     memory = start.expand(batch, -1, -1) if memory is None else memory
     pieces = []
     for part in ids.split(T, dim=1):

@@ -58,9 +58,9 @@ class RMTConfig(PretrainedConfig):  # type: ignore[misc]
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name, value, accepted in (("mask", mask, (PAPER, CAUSAL)), ("align", align, ("left", "right"))):
-            if value not in accepted:
-                raise ValueError(f"{name} must be one of {list(accepted)}, got {value!r}")
+        for name, choice, accepted in (("mask", mask, (PAPER, CAUSAL)), ("align", align, ("left", "right"))):
+            if choice not in accepted:
+                raise ValueError(f"{name} must be one of {list(accepted)}, got {choice!r}")
         if marks is not None:
             marks = list(marks)
             if len(marks) != 2 or any(isinstance(mark, bool) or not isinstance(mark, int) for mark in marks):

@@ -155,9 +155,9 @@ class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         found: PreTrainedModel = self.model.base_model
         return found
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         """The base model's."""
-        found: nn.Module = self.model.get_input_embeddings()
+        found: nn.Embedding = self.model.get_input_embeddings()
         return found
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -212,10 +212,10 @@ class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
             raise ValueError("input_ids must be token numbers, int64 (batch, n)")
         unpadded = Unpadded.of(input_ids, mask)
-        each = labels is not None and labels.shape == input_ids.shape
+        if labels is not None and labels.shape == input_ids.shape:
+            labels = unpadded.front(labels)
         found = self.recurrence(
-            unpadded.front(input_ids), labels=unpadded.front(labels) if each else labels, lengths=unpadded.lengths,
-            memory=memory, outputs=outputs,
+            unpadded.front(input_ids), labels=labels, lengths=unpadded.lengths, memory=memory, outputs=outputs
         )  # fmt: skip
         loss, logits = found.loss, found.outputs
         if loss is not None and items is not None:
@@ -226,8 +226,7 @@ class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         return RMTOutput(loss=loss, logits=logits, memory=found.memory)
 
     def _counted(self, unpadded: Unpadded, labels: Any) -> Tensor:
-        """How many labels count."""
-        labels = unpadded.front(labels)
+        """How many labels, with tokens in front, count."""
         counted: Tensor = labels != -100
         if unpadded.lengths is not None:
             counted = counted & (torch.arange(labels.shape[1], device=labels.device) < unpadded.lengths[:, None])
