@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.h csrc/*/*.* csrc/*/*/*.*) CMakeLists.txt setup.py pyproject.toml requirements-dev.txt
 BUILD_ENV := PATH="$(abspath $(BIN)):$$PATH" RMT_KERNELS_CPU=1 RMT_KERNELS_EMULATED=1
 
-.PHONY: setup cuda cuda-all bench gpu gate test test-slow lint clean
+.PHONY: setup cuda cuda-all bench gpu gate test test-slow test-oldest lint clean
 
 setup: $(READY)
 
@@ -42,6 +42,18 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest --slow --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+
+# What stands on transformers, on the oldest version that is supported.
+OLDEST := build/transformers-4
+
+$(OLDEST)/.installed: requirements-transformers-4.txt $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OLDEST) -r $<
+	@touch $@
+
+test-oldest: setup $(OLDEST)/.installed
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
+	  tests/test_transformers.py tests/test_transformers_models.py tests/test_transformers_generation.py \
+	  tests/test_huggingface_examples.py
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
