@@ -69,6 +69,9 @@ def test_python(page: Path) -> None:
     assert not unknown
     if not any(block.kind in KINDS for block in found):
         pytest.skip("no Python that is to be run")
+    if page.stem in ("README", "huggingface") and any("transformers" in block.text for block in found):
+        pytest.importorskip("transformers")
+        pytest.importorskip("peft")
     torch.compiler.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the fallback's, where nothing is compiled

@@ -34,6 +34,7 @@ class RMTConfig(PretrainedConfig):  # type: ignore[misc]
     """
 
     model_type = "rmt"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["memory", "past_key_values"]
     sub_configs: ClassVar[dict[str, Any]] = {"base_config": AutoConfig}
 
     def __init__(

@@ -253,6 +253,7 @@ class RMTForMaskedLM(RMTPreTrainedModel):
     """An encoder over segments: every row sees every row of its segment, memory rows included."""
 
     _auto = AutoModelForMaskedLM
+    accepts_loss_kwargs = True
 
     def _make_layout(self, config: RMTConfig, is_decoder: bool) -> SegmentLayout:
         if config.mask == CAUSAL or is_decoder:
@@ -293,6 +294,7 @@ class RMTForSequenceClassification(RMTPreTrainedModel):
     token. ``config.num_labels`` classes; one: a number, with squared error."""
 
     _auto = AutoModel
+    accepts_loss_kwargs = False  # the mean over samples is Trainer's own
 
     def _add_parts(self, config: RMTConfig, width: int) -> None:
         self.score = nn.Linear(width, config.num_labels)

@@ -165,10 +165,11 @@ def _state_dict(source: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str,
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        path = os.fspath(source)
         try:
-            source = load_file(source)
+            source = load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"source: {os.fspath(source)} is damaged, or no safetensors file ({error})") from error
+            raise ValueError(f"source: {path} is damaged, or no safetensors file ({error})") from error
     given = _read(source)
     for front in ("module.", "memory_cell."):
         if given and all(name.startswith(front) for name in given):
