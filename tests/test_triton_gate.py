@@ -124,7 +124,7 @@ def test_what_was_measured_is_kept_with_the_compiled_kernels(toys: _Toys, tmp_pa
         (["--kernel", "missing"], {}, "--kernel missing: no such kernel, tests.toy_kernels has crowded, "),
         (["--jobs", "0"], {}, "--jobs must be at least 1, got 0"),
         (["--arch", "75"], {}, "invalid choice: 75"),
-        (["--variants", "tests.missing"], {}, "--variants tests.missing: No module named"),
+        (["--variants", "tests.toy_kernels", "tests.missing"], {}, "--variants tests.missing: No module named"),
         ([], {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set"),
     ],
 )
@@ -242,6 +242,10 @@ def test_a_compiler_that_dies_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> 
 def test_every_kernel_in_every_configuration() -> None:
     done = _gate()
     assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    compiled = {(words[0], int(words[1])) for words in lines if words[1:2] and words[1] in ("80", "90", "100")}
+    kernels = ("forward", "combine", "prepare", "backward", "relative_forward", "relative_backward")
+    assert compiled == {(kernel, arch) for kernel in kernels for arch in (80, 90, 100)}
 
 
 @pytest.mark.slow

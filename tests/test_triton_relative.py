@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -270,32 +266,3 @@ def test_every_call_has_tiles_of_whole_eights(arch: int) -> None:
                 for tile in (row.forward, row.keys, row.queries, row.entries):
                     assert tile.rows % 16 == 0
                     assert tile.keys % 16 == 0
-
-
-# -- compiled ----------------------------------------------------------------------------------------------------------
-
-
-def gate(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The compile gate in a process of its own: in this one, kernels are interpreted where no GPU is."""
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [
-        sys.executable, "-m", "rmt_kernels.backends.triton.gate", "--variants",
-        "rmt_kernels.backends.triton.relative_variants", *map(str, arguments),
-    ]  # fmt: skip
-    return subprocess.run(
-        command, cwd=Path(__file__).parent.parent, env=inherited, capture_output=True, text=True, check=False
-    )
-
-
-def test_transformer_xl_compiles_within_limits() -> None:
-    done = gate("--arch", 90)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for kernel in ("forward", "key", "query", "entry"):
-        assert f"relative_{kernel} " in done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_every_call_compiles_within_limits(arch: int) -> None:
-    done = gate("--all", "--arch", arch)
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -11,6 +11,7 @@ from rmt_kernels.backends.triton.tiles import (
     fence_of,
     head_of,
     kept,
+    key_limit,
     keys_of,
     load_keys,
     load_or,
@@ -152,7 +153,7 @@ def _key_step(
 
 
 @triton.jit
-def _own_rows(key, queries, layout, sample):
+def own_rows(key, queries, layout, sample):
     """(KEYS,) the query row whose SELF key each key is, -1 where there is none."""
     p0, p1, p2 = key - layout[11], key - layout[16], key - layout[21]
     in0 = (layout[11] >= 0) & (p0 >= 0) & (p0 < layout[7])
@@ -188,7 +189,7 @@ def _key_gradients(
     padding = first_token + tl.where(left > 0, 0, right), first_token + tl.where(left > 0, left, layout[12])
     own = key
     if OWN:
-        own = _own_rows(key, queries, layout, sample)
+        own = own_rows(key, queries, layout, sample)
     for block in range(BLOCKS):
         first_head = (g * BLOCKS + block) * PACK
         pivot_ptr = rows_ptr + (b.to(tl.int64) * kv_heads * BLOCKS * PACK + first_head) * queries
@@ -337,10 +338,7 @@ def backward_kernel(
         sample, ok = sample_of(
             b, queries, layout, token_lengths_ptr, token_starts_ptr, cache_starts_ptr, query_start_ptr
         )  # fmt: skip
-        limit = cache + read + tokens + write
-        if query_start_ptr is not None:  # keys of the future may hold anything
-            last = sample[3] - rows0 + queries - 1
-            limit = tl.minimum(limit, tl.maximum(hi1 + step1 * last, tl.where(own1 >= 0, own1 + last + 1, 0)))
+        limit = key_limit(queries, layout, sample, query_start_ptr)
         if DESCRIBED:
             walked_query, walked_grad = query_blocks, grad_out_blocks
         else:

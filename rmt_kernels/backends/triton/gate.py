@@ -38,6 +38,8 @@ from rmt_kernels.backends.triton.resources import (
 
 __all__ = ["Row", "main", "run", "table", "violations"]
 
+_VARIANTS = ("rmt_kernels.backends.triton.variants", "rmt_kernels.backends.triton.relative_variants")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -212,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     parser.add_argument(
-        "--variants", default="rmt_kernels.backends.triton.variants", metavar="MODULE", help="has variants(arch)"
+        "--variants", nargs="+", default=_VARIANTS, metavar="MODULE", help="have variants(arch); default: every kernel"
     )
     parser.add_argument("--all", action="store_true", help="take all_variants(arch): every option, width and dtype")
     return parser
@@ -226,17 +228,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set, which makes kernels that cannot be compiled: unset it")
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
-    try:
-        listed = getattr(importlib.import_module(options.variants), "all_variants" if options.all else "variants")
-    except ModuleNotFoundError as error:
-        parser.error(f"--variants {options.variants}: {error}")
-    tasks = [(variant, arch) for arch in options.arch for variant in listed(arch)]
-    names = sorted({variant.kernel for variant, _ in tasks})
+    listed = []
+    for module in options.variants:
+        try:
+            listed.append(getattr(importlib.import_module(module), "all_variants" if options.all else "variants"))
+        except ModuleNotFoundError as error:
+            parser.error(f"--variants {module}: {error}")
+    tasks = [(variant, arch) for arch in options.arch for variants in listed for variant in variants(arch)]
+    names, modules = sorted({variant.kernel for variant, _ in tasks}), " ".join(options.variants)
     if unknown := set(options.kernel or ()) - set(names):
-        parser.error(f"--kernel {' '.join(sorted(unknown))}: no such kernel, {options.variants} has {', '.join(names)}")
+        parser.error(f"--kernel {' '.join(sorted(unknown))}: no such kernel, {modules} has {', '.join(names)}")
     tasks = [task for task in tasks if not options.kernel or task[0].kernel in options.kernel]
     if not tasks:
-        parser.error(f"{options.variants} lists no kernel for {options.arch}")
+        parser.error(f"{modules} lists no kernel for {options.arch}")
 
     started = time.perf_counter()
     rows = [row for _, row in sorted(_progress(run(tasks, options.jobs), len(tasks)), key=lambda pair: pair[0])]

@@ -11,30 +11,17 @@ of float32, as many bytes as 2 to 4 times its keys.
 import triton
 import triton.language as tl
 
-from rmt_kernels.backends.triton.forward import SAMPLES, place
-from rmt_kernels.backends.triton.relative_backward import SIZES, STRIDES
 from rmt_kernels.backends.triton.relative_tiles import (
+    draw_of,
+    head_rows,
     load_biases,
     load_entries,
     picked,
-    rows_at,
-    rows_read,
+    seeing_rows,
     spans_read,
+    walked_rows,
 )
-from rmt_kernels.backends.triton.tiles import (
-    alive,
-    fence_of,
-    head_of,
-    kept,
-    keys_of,
-    load_or,
-    load_rows,
-    pointers_at,
-    rows_of,
-    sample_of,
-    sees,
-    store_rows,
-)
+from rmt_kernels.backends.triton.tiles import alive, fence_of, kept, load_rows, pointers_at, rows_of, sees, store_rows
 from rmt_kernels.backends.triton.walk import _clip, _tiles, edge_count, edge_tile
 
 
@@ -86,19 +73,22 @@ def entry_walk(e0, e1, rows, layout, sample, reach, origin, ROWS: tl.constexpr, 
 
 @triton.jit
 def _entry_step(
-    de, slopes, entries, bias, entry, tile, e0, source, origin, reach, keys, values, fence, side, next_row, queries,
-    head, b, seed, threshold, factor, keep_scale,
+    de, slopes, shares, entries, bias, entry, tile, e0, source, table, keys, values, fence, side, next_row, chance,
+    factor, keep_scale,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr,
     GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr, HAS_KEY: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_CONTENT: tl.constexpr, HAS_POSITION: tl.constexpr, SHIFTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows adds to the gradients of a tile of entries. Scores are (ENTRIES, ROWS): entry t of row r is key
-    t + r of a window of keys."""
-    content_ptr, c_n, position_ptr, p_n, grad_ptr, do_n, pivot_ptr, row_count, span_ptr, span_size = source
-    row, query, stays = rows_read(side, tile, GAPS, ROWS)
-    start = e0 + tile * ROWS + side[1][3] - origin
-    content = load_rows(rows_at(content_ptr, query, c_n), stays, BLOCK_D, D, True)
+    """A tile of rows adds to the gradients of a tile of entries, to the sums of the slopes of its scores, and where
+    SHIFTED to ``shares``, the sums without rows whose next row counts as zeros. Scores are (ENTRIES, ROWS): entry t of
+    row r is key t + r of a window of keys."""
+    content_rows, position_rows, grads, pivot_ptr, delta_ptr, _, _ = source
+    _, _, _, _, reach, origin = table
+    layout, sample, _, _ = side
+    row, query, stays = walked_rows(side, tile, GAPS, ROWS)
+    start = e0 + tile * ROWS + sample[3] - origin
+    content = head_rows(content_rows, query, stays, BLOCK_D, D)  # (ROWS, BLOCK_D)
     window = start + tl.arange(0, WIDTH)
     held = (window >= 0) & alive(window, fence, GAPS)
     k = load_rows(pointers_at(keys, window, APART), held, BLOCK_D, D, True)  # (WIDTH, BLOCK_D)
@@ -106,72 +96,55 @@ def _entry_step(
     s = tl.dot(k, tl.trans(content), input_precision=PRECISION)  # (WIDTH, ROWS)
     s = picked(s, o_e + o_r, o_r + 0 * o_e, WIDTH, ROWS, ENTRIES, ROWS)
     if HAS_KEY:
-        position = content
+        position = content  # (ROWS, BLOCK_D)
         if SHIFTED:
-            there = stays & (query + next_row < queries)
-            position = load_rows(rows_at(position_ptr, query + next_row, p_n), there, BLOCK_D, D, True)
+            there = stays & seeing_rows(source, query + next_row)
+            position = head_rows(position_rows, query + next_row, there, BLOCK_D, D)
         elif HAS_CONTENT or HAS_POSITION:
-            position = load_rows(rows_at(position_ptr, query, p_n), stays, BLOCK_D, D, True)
+            position = head_rows(position_rows, query, stays, BLOCK_D, D)
         s = tl.dot(entries, tl.trans(position), s, input_precision=PRECISION)  # (ENTRIES, ROWS)
     s = s * factor
     if HAS_BIAS:
         s += bias[:, None]
     pivot = tl.load(pivot_ptr + query, mask=stays, other=float("inf"))
     p = tl.math.exp2(s - pivot[None, :])
-    lo, hi, gap_lo, gap_hi = spans_read(span_ptr, span_size, query, stays, GAPS)
+    lo, hi, gap_lo, gap_hi = spans_read(source, query, stays, GAPS)
     seen = sees(lo[None, :], hi[None, :], gap_lo[None, :], gap_hi[None, :], start + o_e + o_r, GAPS)
     if OWN:
-        _, _, _, _, own = rows_of(row, stays, side[0], side[1], False, True)
+        _, _, _, _, own = rows_of(row, stays, layout, sample, False, True)
         seen = seen | ((own >= 0)[None, :] & (entry == reach)[:, None])
     p = tl.where(seen & (entry >= 0)[:, None], p, 0.0)
     v = load_rows(pointers_at(values, window, APART), held, BLOCK_D, D, True)  # (WIDTH, BLOCK_D)
-    grad = load_rows(rows_at(grad_ptr, query, do_n), stays, BLOCK_D, D, True)
-    delta = tl.load(pivot_ptr + row_count + query, mask=stays, other=0.0)
+    grad = head_rows(grads, query, stays, BLOCK_D, D)  # (ROWS, BLOCK_D)
+    delta = tl.load(delta_ptr + query, mask=stays, other=0.0)
     dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)  # (WIDTH, ROWS)
     if DROPOUT:
-        keep = tl.trans(kept((seed, threshold, query + side[1][3], head + tl.zeros_like(query), b), start, WIDTH))
+        keep = tl.trans(kept(draw_of(chance, query, sample), start, WIDTH))
         dp = tl.where(keep, dp * keep_scale, 0.0)
     dp = picked(dp, o_e + o_r, o_r + 0 * o_e, WIDTH, ROWS, ENTRIES, ROWS)
     ds = p * (dp - delta[None, :])
     if HAS_KEY:
         de = tl.dot(ds.to(position.dtype), position, de, input_precision=PRECISION)
-    return de, slopes + tl.sum(ds, 1)
+    if SHIFTED:
+        shares += tl.sum(tl.where(there[None, :], ds, 0.0), 1)
+    return de, slopes + tl.sum(ds, 1), shares
 
 
-@triton.jit(do_not_specialize=(*SIZES, *STRIDES), do_not_specialize_on_alignment=(*SAMPLES, "bias_ptr"))
-def relative_entry_kernel(
-    content_ptr, key_ptr, value_ptr, cache_key_ptr, cache_value_ptr, entries_ptr, position_ptr, grad_out_ptr,
-    grad_query_ptr, grad_following_ptr, grad_key_ptr, grad_value_ptr, grad_cache_key_ptr, grad_cache_value_ptr,
-    bias_ptr, rows_ptr, spans_ptr, entry_parts_ptr, bias_parts_ptr, content_parts_ptr, position_parts_ptr,
-    token_lengths_ptr, token_starts_ptr, cache_starts_ptr, query_start_ptr, seed_ptr,
-    c_b, c_h, c_n, k_b, k_h, k_n, v_b, v_h, v_n, ck_b, ck_h, ck_n, cv_b, cv_h, cv_n, p_b, p_h, p_n, do_b, do_h, do_n,
-    dq_b, dq_h, dq_n, df_b, df_h, df_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n, dck_b, dck_h, dck_n, dcv_b, dcv_h, dcv_n,
-    rk_h, rk_n,
-    heads, group, queries, rows, hole, tiles, units, together, offsets, reach, origin, bias_h, threshold, tiles_behind,
-    factor, scale, keep_scale,
-    cache, read, tokens, write, token_rows, window, skip, rows0, lo0, hi0, step0, own0, rows1, lo1, hi1, step1, own1,
-    rows2, lo2, hi2, step2, own2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr, WIDTH: tl.constexpr,
+@triton.jit
+def entry_gradients(
+    tile, tiles, tiles_behind, pair, keys, values, entry_parts_ptr, bias_parts_ptr, position_parts_ptr, source, table,
+    side, limit, bad, chance, factor, scale, keep_scale,
+    ROWS: tl.constexpr, ENTRIES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr,
     GAPS: tl.constexpr, OWN: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr, HAS_KEY: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_CONTENT: tl.constexpr, HAS_POSITION: tl.constexpr, SHIFTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one tile of entries from one sample, float32: of ``relative_key`` (batch, heads, offsets, D), of
-    ``relative_bias`` (batch, heads, offsets), and the tile's share of ``position_bias``'s (batch, heads, tiles, D), the
-    slopes' sums times the entries. Tiles hold entries up to ``reach``, which are ``tiles_behind``, or those beyond:
-    where SHIFTED, these meet the next rows."""
-    layout = (
-        cache, read, tokens, write, token_rows, window, skip, rows0, lo0, hi0, step0, own0, rows1, lo1, hi1, step1,
-        own1, rows2, lo2, hi2, step2, own2,
-    )  # fmt: skip
-    tile, unit = place(tl.program_id(0), tiles, units, together, True)
-    b, head = unit // heads, unit % heads
-    g = head // group
-    sample, ok = sample_of(b, queries, layout, token_lengths_ptr, token_starts_ptr, cache_starts_ptr, query_start_ptr)
-    limit = cache + read + tokens + write
-    if query_start_ptr is not None:  # keys of the future may hold anything
-        last = sample[3] - rows0 + queries - 1
-        limit = tl.minimum(limit, tl.maximum(hi1 + step1 * last, tl.where(own1 >= 0, own1 + last + 1, 0)))
+    """Gradients of one tile of entries from one sample's head, which are number ``pair``, float32: of ``relative_key``
+    (batch, heads, offsets, D), of ``relative_bias`` (batch, heads, offsets), and the tile's share of
+    ``position_bias``'s (batch, heads, tiles, D), the slopes' sums times the entries. Tiles hold entries up to
+    ``reach``, which are ``tiles_behind``, or those beyond: where SHIFTED, these meet the next rows."""
+    layout, sample, rows, _ = side
+    _, _, _, offsets, reach, origin = table
     fence = fence_of(layout, sample, limit)
     ahead = tile >= tiles_behind
     least = tl.where(ahead, reach + 1, 0)
@@ -181,42 +154,33 @@ def relative_entry_kernel(
     e0 -= (least + sample[3] - origin) & 3
     entry = e0 + tl.arange(0, ENTRIES)
     exists = (entry >= least) & (entry < most)
+    entry = tl.where(exists, entry, -1)
     walk = entry_walk(
         tl.maximum(e0, least), tl.minimum(e0 + ENTRIES, most), rows, layout, sample, reach, origin, ROWS, GAPS
     )  # fmt: skip
-    table = (head_of(entries_ptr, b, head, 0, rk_h), rk_n, bias_ptr + head.to(tl.int64) * bias_h, offsets, reach)
-    entries, bias = tl.zeros([ENTRIES, BLOCK_D], content_ptr.dtype.element_ty), tl.zeros([ENTRIES], tl.float32)
+    entries = tl.zeros([ENTRIES, BLOCK_D], keys[0].dtype.element_ty)
+    bias = tl.zeros([ENTRIES], tl.float32)
     if HAS_KEY:
         entries = load_entries(table, e0, ENTRIES, BLOCK_D, D)
     if HAS_BIAS:
         bias = load_biases(table, e0, ENTRIES)
-    keys = keys_of(key_ptr, cache_key_ptr, b, g, k_b, k_h, k_n, ck_b, ck_h, ck_n, cache)
-    values = keys_of(value_ptr, cache_value_ptr, b, g, v_b, v_h, v_n, cv_b, cv_h, cv_n, cache)
-    b_head = b.to(tl.int64) * heads + head
-    side = (layout, sample, rows, hole)
-    seed = load_or(seed_ptr, 0, 0)
-    source = (
-        head_of(content_ptr, b, head, c_b, c_h), c_n, head_of(position_ptr, b, head, p_b, p_h), p_n,
-        head_of(grad_out_ptr, b, head, do_b, do_h), do_n, rows_ptr + b_head * queries, units.to(tl.int64) * queries,
-        spans_ptr + b.to(tl.int64) * queries, units.to(tl.int64) // heads * queries,
-    )  # fmt: skip
-    entry = tl.where(exists, entry, -1)
     de = tl.zeros([ENTRIES, BLOCK_D], tl.float32)
     slopes = tl.zeros([ENTRIES], tl.float32)
+    shares = slopes
     for i in range(0, edge_count(walk)):
-        de, slopes = _entry_step(
-            de, slopes, entries, bias, entry, edge_tile(i, walk), e0, source, origin, reach, keys, values, fence, side,
-            ahead.to(tl.int32), queries, head, b, seed, threshold, factor, keep_scale, ROWS, ENTRIES, WIDTH, BLOCK_D, D,
-            GAPS, OWN, APART, DROPOUT, HAS_KEY, HAS_BIAS, HAS_CONTENT, HAS_POSITION, SHIFTED, PRECISION,
+        de, slopes, shares = _entry_step(
+            de, slopes, shares, entries, bias, entry, edge_tile(i, walk), e0, source, table, keys, values, fence, side,
+            ahead.to(tl.int32), chance, factor, keep_scale, ROWS, ENTRIES, WIDTH, BLOCK_D, D, GAPS, OWN, APART, DROPOUT,
+            HAS_KEY, HAS_BIAS, HAS_CONTENT, HAS_POSITION, SHIFTED, PRECISION,
         )  # fmt: skip
-    bad = tl.where(ok, 0.0, float("nan"))  # a sample out of range shows
     if HAS_KEY:
-        pointers = entry_parts_ptr + (b_head * offsets + entry) * D
-        store_rows(pointers, de * scale + bad, exists, BLOCK_D, D)
+        store_rows(entry_parts_ptr + (pair * offsets + entry) * D, de * scale + bad, exists, BLOCK_D, D)
     if HAS_BIAS:
-        tl.store(bias_parts_ptr + b_head * offsets + entry, slopes + bad, mask=exists)
+        tl.store(bias_parts_ptr + pair * offsets + entry, slopes + bad, mask=exists)
     if HAS_POSITION:
+        if not SHIFTED:
+            shares = slopes
         o_d = tl.arange(0, BLOCK_D)
         again = load_entries(table, e0, ENTRIES, BLOCK_D, D)  # kept ones would take registers from the loop
-        share = tl.sum(tl.where(exists, slopes, 0.0)[:, None] * again.to(tl.float32), 0) * scale + bad
-        tl.store(position_parts_ptr + (b_head * tiles + tile) * D + o_d, share, mask=o_d < D)
+        share = tl.sum(tl.where(exists, shares, 0.0)[:, None] * again.to(tl.float32), 0) * scale + bad
+        tl.store(position_parts_ptr + (pair * tiles + tile) * D + o_d, share, mask=o_d < D)

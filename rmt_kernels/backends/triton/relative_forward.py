@@ -8,7 +8,16 @@ import triton
 import triton.language as tl
 
 from rmt_kernels.backends.triton.forward import LAYOUT, SAMPLES, place, visible
-from rmt_kernels.backends.triton.relative_tiles import biased, biases, load_entries, placed, products, rows_at
+from rmt_kernels.backends.triton.relative_tiles import (
+    biased,
+    draw_of,
+    head_rows,
+    placed,
+    rows_at,
+    scores,
+    table_of,
+    window_start,
+)
 from rmt_kernels.backends.triton.tiles import (
     fence_of,
     head_of,
@@ -16,7 +25,6 @@ from rmt_kernels.backends.triton.tiles import (
     keys_of,
     load_keys,
     load_or,
-    load_rows,
     rows_of,
     sample_of,
     store_rows,
@@ -32,27 +40,20 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _step(
-    acc, total, highest, q, table, origin, first_row, keys, values, tile, fence, rows, draw, factor,
+    acc, total, highest, q, table, first_row, keys, values, tile, fence, rows, draw, factor,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr,
     GAPS: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr, HAS_KEY: tl.constexpr, HAS_BIAS: tl.constexpr,
     SHIFTED: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys, as in ``forward``; ``q`` is (content, position, following)."""
     MASKED: tl.constexpr = MASK != "none"
-    content, position, following = q
     start = tile * KEYS
     key = start + tl.arange(0, KEYS)
-    first = start - first_row - (ROWS - 1) + origin
+    first = window_start(table, start, first_row, ROWS)
     k = load_keys(keys, start, fence, KEYS, BLOCK_D, D, APART, GAPS, False, MASKED)  # (KEYS, BLOCK_D)
-    if HAS_KEY:
-        entries = load_entries(table, first, WIDTH, BLOCK_D, D)
-        s = products(position, following, entries, first, table[4], ROWS, KEYS, WIDTH, SHIFTED, PRECISION)
-        s = tl.dot(content, tl.trans(k), s, input_precision=PRECISION)  # (ROWS, KEYS)
-    else:
-        s = tl.dot(content, tl.trans(k), input_precision=PRECISION)  # (ROWS, KEYS)
-    s = s * factor
-    if HAS_BIAS:
-        s += biases(table, first, ROWS, KEYS, WIDTH, False)
+    s, _ = scores(
+        q, k, table, first, factor, ROWS, KEYS, WIDTH, BLOCK_D, D, HAS_KEY, HAS_BIAS, SHIFTED, PRECISION, False
+    )  # (ROWS, KEYS)
     if MASKED:
         s = tl.where(visible(rows, key, MASK, GAPS), s, float("-inf"))
     higher = tl.maximum(highest, tl.max(s, 1))
@@ -99,21 +100,23 @@ def relative_forward_kernel(
     limit, walk = key_walk(lo, hi, gap_lo, gap_hi, KEYS, GAPS)
     fence = fence_of(layout, sample, limit)
 
-    base = head_of(query_ptr, b, head, q_b, q_h)
-    q = load_rows(rows_at(base, query, q_n), stays, BLOCK_D, D, True)  # (ROWS, BLOCK_D)
+    base = (head_of(query_ptr, b, head, q_b, q_h), q_n)
+    q = head_rows(base, query, stays, BLOCK_D, D)  # (ROWS, BLOCK_D)
     content = biased(q, content_ptr, head, cb_h, BLOCK_D, D, HAS_CONTENT)
     position = biased(q, position_ptr, head, pb_h, BLOCK_D, D, HAS_POSITION)
     following = position
-    if SHIFTED:  # which has no hole
-        q = load_rows(rows_at(base, query + 1, q_n), query + 1 < queries, BLOCK_D, D, True)
+    if SHIFTED:  # which has no hole; rows that see nothing count as zeros
+        next_lo, next_hi, _, _, next_own = rows_of(query + 1, query + 1 < queries, layout, sample, GAPS, OWN)
+        seeing = (next_lo < next_hi) | (next_own >= 0)
+        q = head_rows(base, query + 1, seeing, BLOCK_D, D)
         following = biased(q, position_ptr, head, pb_h, BLOCK_D, D, HAS_POSITION)
+        following = tl.where(seeing[:, None], following, 0.0).to(q.dtype)
     parts = (content, position, following)
-    entries = head_of(entries_ptr, b, head, 0, rk_h)
-    table = (entries, rk_n, bias_ptr + head.to(tl.int64) * bias_h, offsets, reach)
+    table = table_of((entries_ptr, rk_h, rk_n, bias_ptr, bias_h, offsets, reach, origin), head)
     first_row = tile * ROWS + sample[3]
     keys = keys_of(key_ptr, cache_key_ptr, b, g, k_b, k_h, k_n, ck_b, ck_h, ck_n, cache)
     values = keys_of(value_ptr, cache_value_ptr, b, g, v_b, v_h, v_n, cv_b, cv_h, cv_n, cache)
-    draw = (load_or(seed_ptr, 0, 0), threshold, query + sample[3], head + tl.zeros_like(query), b)
+    draw = draw_of((load_or(seed_ptr, 0, 0), threshold, head, b), query, sample)
     sees = (lo, hi, gap_lo, gap_hi, own)
 
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -121,12 +124,12 @@ def relative_forward_kernel(
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     for i in range(0, open_count(walk)):
         acc, total, highest = _step(
-            acc, total, highest, parts, table, origin, first_row, keys, values, open_tile(i, walk), fence, sees, draw,
+            acc, total, highest, parts, table, first_row, keys, values, open_tile(i, walk), fence, sees, draw,
             factor, ROWS, KEYS, WIDTH, BLOCK_D, D, GAPS, APART, DROPOUT, HAS_KEY, HAS_BIAS, SHIFTED, PRECISION, "none",
         )  # fmt: skip
     for i in range(0, edge_count(walk)):
         acc, total, highest = _step(
-            acc, total, highest, parts, table, origin, first_row, keys, values, edge_tile(i, walk), fence, sees, draw,
+            acc, total, highest, parts, table, first_row, keys, values, edge_tile(i, walk), fence, sees, draw,
             factor, ROWS, KEYS, WIDTH, BLOCK_D, D, GAPS, APART, DROPOUT, HAS_KEY, HAS_BIAS, SHIFTED, PRECISION,
             "interval",
         )  # fmt: skip
@@ -135,7 +138,7 @@ def relative_forward_kernel(
         fence = fence_of(layout, sample, last)
         for own_tile in range(own_start, own_end):
             acc, total, highest = _step(
-                acc, total, highest, parts, table, origin, first_row, keys, values, own_tile, fence, sees, draw, factor,
+                acc, total, highest, parts, table, first_row, keys, values, own_tile, fence, sees, draw, factor,
                 ROWS, KEYS, WIDTH, BLOCK_D, D, GAPS, APART, DROPOUT, HAS_KEY, HAS_BIAS, SHIFTED, PRECISION, "own",
             )  # fmt: skip
 

@@ -11,7 +11,6 @@ from functools import cache
 
 from rmt_kernels.backends.plans import Strides
 from rmt_kernels.backends.triton import relative_backward as bwd
-from rmt_kernels.backends.triton import relative_entries
 from rmt_kernels.backends.triton import relative_forward as fwd
 from rmt_kernels.backends.triton.configs import KINDS, Tile, padded_width
 from rmt_kernels.backends.triton.launch import Launch, Shape, prepare_launch
@@ -53,13 +52,15 @@ RELATIVE: tuple[Tiles, ...] = (
           Tile(64, 64, 8, 2), lean=True),
     Tiles(90, 64, "half", Tile(32, 64, 4, 1, spills=64), Tile(16, 32, 4, 1), Tile(32, 64, 8, 1, spills=64),
           Tile(32, 64, 8, 1)),
-    Tiles(90, 128, "half", Tile(64, 64, 8, 2), Tile(32, 32, 8, 1), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1), lean=True),
+    Tiles(90, 128, "half", Tile(64, 64, 8, 2), Tile(32, 32, 8, 1, spills=64), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1),
+          lean=True),
     Tiles(90, 128, "half", Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     Tiles(80, 64, "half", Tile(64, 64, 4, 2, programs=2), Tile(32, 32, 4, 2, spills=64), Tile(32, 64, 4, 2),
           Tile(32, 64, 8, 1), lean=True),
     Tiles(80, 64, "half", Tile(32, 64, 8, 1), Tile(32, 32, 4, 1), Tile(32, 64, 8, 1, spills=64), Tile(32, 32, 8, 1)),
     Tiles(80, 128, "half", Tile(32, 64, 8, 1), Tile(32, 32, 8, 1), Tile(32, 64, 8, 1), Tile(32, 32, 8, 1), lean=True),
-    Tiles(80, 128, "half", Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1, spills=64), Tile(16, 32, 8, 1)),
+    Tiles(80, 128, "half", Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1, spills=64),
+          Tile(16, 32, 8, 1, spills=64)),
     Tiles(80, 256, "half", Tile(32, 64, 8, 1), Tile(16, 16, 8, 1, spills=64), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1),
           lean=True),
     Tiles(80, 256, "half", Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, spills=384), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
@@ -195,19 +196,21 @@ def relative_backward_launches(
     shape, tiles = relative.shape, relative.tiles
     heads = shape.batch * shape.heads
     behind, beyond = relative.entry_tiles(tiles.entries)
-    parts = [(bwd.relative_key_kernel, tiles.keys, relative.key_tiles(tiles.keys), shape.batch * shape.kv_heads)]
-    parts.append((bwd.relative_query_kernel, tiles.queries, relative.row_tiles(tiles.queries), heads))
+    parts = [
+        ("keys", tiles.keys, relative.key_tiles(tiles.keys), shape.batch * shape.kv_heads),
+        ("queries", tiles.queries, relative.row_tiles(tiles.queries), heads),
+    ]
     if relative.has_key or relative.has_bias:
-        parts.append((relative_entries.relative_entry_kernel, tiles.entries, behind + beyond, heads))
+        parts.append(("entries", tiles.entries, behind + beyond, heads))
     launches = []
-    for kernel, tile, count, units in parts:
+    for part, tile, count, units in parts:
         together = shape.together(0.25) * (units // (shape.batch * shape.kv_heads))
         numbers = (
             *strides[:15], *strides[18:24], *strides[27:], *strides[16:18],
             *relative.sizes(count, units, together), behind, relative.factor, shape.scale, shape.keep_scale,
-            *relative.layout, *relative.flags(tile),
+            *relative.layout, *relative.flags(tile), part,
         )  # fmt: skip
         if count:
-            launches.append(Launch(kernel, (count * units, 1), numbers, tile.warps, tile.stages))
+            launches.append(Launch(bwd.relative_backward_kernel, (count * units, 1), numbers, tile.warps, tile.stages))
     prepare = prepare_launch(shape, (*strides[24:27], *strides[21:24]))
     return prepare, launches, (relative.key_tiles(tiles.keys), behind + beyond)

@@ -51,6 +51,18 @@ def sample_of(b, queries, layout, token_lengths, token_starts, cache_starts, que
 
 
 @triton.jit
+def key_limit(queries, layout, sample, query_start):
+    """The number of keys, or where ``query_start`` is given the place behind those that the call's last row may see:
+    keys of the future may hold anything."""
+    limit = layout[0] + layout[1] + layout[2] + layout[3]
+    if query_start is not None:
+        last = sample[3] - layout[7] + queries - 1
+        own = tl.where(layout[16] >= 0, layout[16] + last + 1, 0)
+        limit = tl.minimum(limit, tl.maximum(layout[14] + layout[15] * last, own))
+    return limit
+
+
+@triton.jit
 def tile_rows(tile, queries, ROWS: tl.constexpr, PACK: tl.constexpr):
     """``(query, stays)`` of each row of a tile of packed rows: its query, and whether there is such a row."""
     o = tl.arange(0, ROWS)
