@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ _FILES = (
     "language_model.png",
     "recurrence.json",
     "recurrence.png",
+    "huggingface.json",
     "report.html",
     "report.md",
 )
-_PARTS = ("comparison", "suite", "model", "recurrence")
+_PARTS = ("comparison", "suite", "model", "recurrence", "huggingface")
 
 
 def _part(number: int, of: int, what: str) -> None:
@@ -53,33 +55,43 @@ def main(arguments: list[str] | None = None) -> int:
     results: dict[str, Any] = {"plan": plan.name, "left_out": []}
     if "comparison" in options.parts:
         limit = f"at most {plan.seconds:.0f} s, what does not fit is listed"
-        _part(1, 5, f"interleaved comparison with stock PyTorch ({limit})")
+        _part(1, 6, f"interleaved comparison with stock PyTorch ({limit})")
         results = run(plan)
     results["environment"] = environment()
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
     if "suite" in options.parts:
-        _part(2, 5, "pytest-benchmark suite" + ("" if options.full else ", a selection"))
+        _part(2, 6, "pytest-benchmark suite" + ("" if options.full else ", a selection"))
         full = ["--full"] if options.full else []
         suite = ["-m", "pytest", "benchmarks", "-q", f"--benchmark-json={out / 'pytest_benchmark.json'}", *full]
         if subprocess.run([sys.executable, *suite], cwd=ROOT, check=False).returncode != 0:
             broken.append("the pytest-benchmark suite failed")
 
     if "model" in options.parts:
-        _part(3, 5, "a language model on real text, with naive attention and with ours")
+        _part(3, 6, "a language model on real text, with naive attention and with ours")
         quick = [] if options.full else ["--quick"]
         model = [sys.executable, "-m", "benchmarks.language_model", *quick, "--out", str(out)]
         if subprocess.run(model, cwd=ROOT, check=False).returncode != 0:
             broken.append("the language model's run failed")
 
     if "recurrence" in options.parts:
-        _part(4, 5, "training through many segments: memory and time")
+        _part(4, 6, "training through many segments: memory and time")
         size = "--full" if options.full else "--quick"
         many = [sys.executable, "-m", "benchmarks.recurrence", size, "--out", str(out)]
         if subprocess.run(many, cwd=ROOT, check=False).returncode != 0:
             broken.append("training through many segments: a contestant was wrong or failed")
 
-    _part(5, 5, "report")
+    if "huggingface" in options.parts:
+        _part(5, 6, "RMT around models of transformers")
+        if find_spec("transformers") is None:
+            print("left out: transformers is not installed")
+        else:
+            small = [] if options.full else ["--quick"]
+            around = [sys.executable, "-m", "benchmarks.huggingface", "--device", "cpu", *small, "--out", str(out)]
+            if subprocess.run(around, cwd=ROOT, check=False).returncode != 0:
+                broken.append("RMT around models of transformers: a contestant was wrong or failed")
+
+    _part(6, 6, "report")
     results = report.load(out)
     page = report.render(results, out)
     print("\n" + report.terminal(results))

@@ -16,6 +16,8 @@ from typing import Any
 
 from benchmarks.environment import ROOT
 from benchmarks.files import RESULTS, write_json
+from benchmarks.huggingface import tables as huggingface
+from benchmarks.huggingface.limits import failures
 from benchmarks.recurrence import tables as recurrence
 from benchmarks.tables import Table, error_table, headline, language_model, limits, published, summary_lines
 
@@ -38,7 +40,7 @@ def load(folder: Path) -> dict[str, Any]:
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: run python -m benchmarks first")
     results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    for name in ("language_model", "recurrence"):
+    for name in ("language_model", "recurrence", "huggingface"):
         file = folder / f"{name}.json"
         if file.exists():
             results[name] = json.loads(file.read_text(encoding="utf-8"))
@@ -48,11 +50,14 @@ def load(folder: Path) -> dict[str, Any]:
 def _tables(results: dict[str, Any]) -> list[Table]:
     found = [headline(results), limits(results), language_model(results), published(results), error_table(results)]
     found += recurrence.tables(results["recurrence"]) if "recurrence" in results else []
+    found += huggingface.tables(results["huggingface"]) if "huggingface" in results else []
     return [table for table in found if table is not None and table.rows]
 
 
 def _lines(results: dict[str, Any]) -> list[str]:
-    return summary_lines(results) + (recurrence.summary_lines(results["recurrence"]) if "recurrence" in results else [])
+    lines = summary_lines(results)
+    lines += recurrence.summary_lines(results["recurrence"]) if "recurrence" in results else []
+    return lines + ([f"FAILED {line}" for line in failures(results["huggingface"])] if "huggingface" in results else [])
 
 
 def terminal(results: dict[str, Any]) -> str:

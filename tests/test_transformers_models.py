@@ -150,6 +150,24 @@ def test_a_base_keeps_its_weights() -> None:
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"model", "initial_memory"}
 
 
+def test_the_output_layer_and_what_else_a_head_does() -> None:
+    """A plain output layer is taken in chunks by the loss; whatever else a model does to its logits is kept."""
+    assert type(wrapped("gpt2").recurrence.head) is torch.nn.Linear
+    config = transformers.GraniteConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, logits_scaling=3.0, embedding_multiplier=1.0,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_config(config).eval()
+    hidden = torch.randn(5, 64)
+    wanted = base.lm_head(hidden) / 3.0
+    model = RMTForCausalLM.from_base(base, memory=M, segment=T)
+    assert type(model.recurrence.head) is not torch.nn.Linear
+    assert torch.equal(model.recurrence.head(hidden), wanted)
+    ids = tokens(2, 2 * T)
+    model(ids, labels=ids).loss.backward()
+    assert base.lm_head.weight.grad.abs().max() > 0
+
+
 class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return 8

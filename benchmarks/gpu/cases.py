@@ -55,6 +55,7 @@ class Plan:
     recurrence_reader_width: int = 128
     recurrence_reader_tokens: int = 499
     recurrence_evaluated: tuple[int, ...] = (512, 1024, 4096)
+    huggingface_models: tuple[str, ...] = ("gpt2-small", "llama-1b")
 
 
 FULL = Plan()

@@ -17,6 +17,7 @@ from benchmarks.gpu.programs import build_items, cpu_items, gate_items, lost_mod
 from benchmarks.gpu.sanitizer import sanitizer_items
 from benchmarks.gpu.stage import Context, Item, Payload, Stage
 from benchmarks.gpu.suite import suite_items
+from benchmarks.huggingface.on_gpu import huggingface_items
 from benchmarks.recurrence.on_gpu import recurrence_items
 
 __all__ = ["STAGES"]
@@ -157,6 +158,10 @@ STAGES: dict[str, Stage] = {
         Stage("forward", "forward, the chip filled", 560, _speed(False)),
         Stage("backward", "backward, the chip filled", 570, _speed(True)),
         Stage("recurrence", "training through many segments", 480, lambda plan: recurrence_items()),
+        Stage(
+            "huggingface", "RMT around models of transformers", 570,
+            lambda plan: huggingface_items(plan.huggingface_models),
+        ),
         Stage("kernels", "which kernels ran", 120, lambda plan: [Item("kernels", _evidence, limit=110.0)]),
         Stage("suite_cpu", "the tests of the CPU module", 420, lambda plan: cpu_items(), device=False),
         Stage("gate", "the compile gate", 570, lambda plan: gate_items(), device=False),

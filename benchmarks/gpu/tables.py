@@ -7,6 +7,9 @@ from typing import Any
 
 from benchmarks.gpu.stages import STAGES
 from benchmarks.gpu.targets import Goal, Record, Results, goals, kernel_ratio, records_of, seconds
+from benchmarks.huggingface import limits as huggingface_limits
+from benchmarks.huggingface import tables as huggingface
+from benchmarks.huggingface.on_gpu import collect as collect_huggingface
 from benchmarks.recurrence import limits
 from benchmarks.recurrence.on_gpu import collect
 from benchmarks.recurrence.tables import evaluation_table, memory_table, time_table
@@ -99,7 +102,8 @@ def _value(goal: Goal, value: float) -> str:
 def target_table(results: Results) -> Table:
     """Each target, how many cases reach it, and the worst of them."""
     rows = []
-    for goal in [*goals(results), *limits.goals(collect(results))]:
+    around = huggingface_limits.goals(collect_huggingface(results))
+    for goal in [*goals(results), *limits.goals(collect(results)), *around]:
         reached, measured, every = goal.counts
         worst = goal.worst
         rows.append([
@@ -333,7 +337,8 @@ def stage_tables(results: Results) -> list[Table]:
         lambda: _said(results),
         lambda: _errors(results),
     ]
-    return [table for make in found if (table := make()).rows]
+    around = [table for table in huggingface.tables(collect_huggingface(results)) if "targets" not in table.title]
+    return [table for make in found if (table := make()).rows] + around
 
 
 def summary_lines(results: Results) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -340,7 +341,7 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):  # type: ignore[misc]
         assert state.place is not None
         place = state.place if some is None else state.place[some]
         at = self.config.memory + place.long()[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        layout = replace(self.layout, write=0).decoding(ids.shape[1])
+        layout = _tokens_layout(self.layout, ids.shape[1])
         hidden = self._rows(state, self.get_input_embeddings()(ids), at, layout, place, some)
         samples = range(state.batch) if some is None else some.tolist()
         for i, count in zip(samples, counts, strict=True):
@@ -362,6 +363,11 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):  # type: ignore[misc]
         )  # fmt: skip
         hidden: Tensor = found.last_hidden_state
         return hidden
+
+
+@lru_cache(maxsize=256)
+def _tokens_layout(whole: SegmentLayout, rows: int) -> SegmentLayout:
+    return replace(whole, write=0).decoding(rows)
 
 
 AutoModelForCausalLM.register(RMTConfig, RMTForCausalLM, exist_ok=True)

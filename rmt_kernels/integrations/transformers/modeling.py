@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from rmt_kernels.integrations.transformers.attention import EXPLICIT, check_interface, register
 from rmt_kernels.integrations.transformers.config import RMTConfig
 from rmt_kernels.integrations.transformers.masks import CAUSAL
-from rmt_kernels.integrations.transformers.rows import Backbone, Head, check_positions
+from rmt_kernels.integrations.transformers.rows import Backbone, check_positions, head_of
 from rmt_kernels.layout import SegmentLayout
 from rmt_kernels.recurrence import RecurrentMemory, SampleLoss, SegmentLoss, TokenLoss
 from rmt_kernels.recurrence.policies import from_plain
@@ -174,7 +174,7 @@ class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         return TokenLoss()
 
     def _head(self) -> nn.Module:
-        return Head(self.model)
+        return head_of(self.model)
 
     @property
     def recurrence(self) -> RecurrentMemory:
@@ -196,7 +196,7 @@ class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         found.bptt = bptt
         if found.prefix is not None:
             found.prefix = found.prefix.to(self.initial_memory.device)
-        return found.train(self.training)
+        return found if found.training == self.training else found.train(self.training)
 
     def _prefix(self) -> list[int] | None:
         if not self.config.marks:

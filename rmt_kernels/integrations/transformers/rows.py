@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from rmt_kernels.integrations.transformers.config import RMTConfig
 from rmt_kernels.layout import SegmentLayout
 
-__all__ = ["Backbone", "Head", "check_positions", "position_table"]
+__all__ = ["Backbone", "Head", "check_positions", "head_of", "position_table"]
 
 
 class Backbone(nn.Module):
@@ -72,13 +72,24 @@ class Head(nn.Module):
             )
         after = copy.copy(model)  # shares every other part
         after._modules = {**model._modules, prefix: _Given()}
-        self.after = (after,)  # in a tuple: its parameters belong to the model
+        self.after = after
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Rows (n, width) or (batch, n, width) to logits."""
         rows = hidden if hidden.dim() == 3 else hidden[None]
-        logits: Tensor = self.after[0](inputs_embeds=rows).logits
+        logits: Tensor = self.after(inputs_embeds=rows).logits
         return logits if hidden.dim() == 3 else logits[0]
+
+
+def head_of(model: PreTrainedModel) -> nn.Module:
+    """:class:`Head`; or the output layer itself where a model does nothing else, which the loss takes in chunks."""
+    head, layer = Head(model), model.get_output_embeddings()
+    weight = getattr(layer, "weight", None)
+    if type(layer) is not nn.Linear or type(weight) is not nn.Parameter or weight.device.type == "meta":
+        return head
+    with torch.no_grad():  # far from 0, where soft caps and factors show
+        rows = torch.linspace(-1e3, 1e3, 3 * weight.shape[1], device=weight.device, dtype=weight.dtype).view(3, -1)
+        return layer if torch.equal(head(rows), layer(rows)) else head
 
 
 def position_table(base: PreTrainedModel) -> nn.Embedding | None:

@@ -1,0 +1,1 @@
+"""RMT around models of transformers, against the same models in stock PyTorch's loops over segments."""
