@@ -11,14 +11,13 @@ python examples/huggingface/finetune_encoder.py --base bert-base-cased --segment
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from questions import CurriculumTrainer, growing, load_task, padded, words_of
-from torch.utils.data import Dataset
+from questions import CurriculumTrainer, Samples, growing, load_task, padded, words_of
 from transformers import BertConfig, BertModel, TrainingArguments, set_seed
 
 from rmt_kernels.integrations.transformers import RMTForSequenceClassification, marks_of
@@ -45,22 +44,11 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-class Texts(Dataset[dict[str, Any]]):
-    """Texts with one of two facts, and which: sample i has as many segments as step i // per_step.
+class Texts(Samples):
+    """Texts with one of two facts, and which.
 
     Lengths differ, by up to half a segment: the first segment is short by as much.
     """
-
-    def __init__(
-        self, task: Any, tokenizer: Any, *, words: int, segments: Callable[[int], int], per_step: int, steps: int,
-        held_out: bool = False,
-    ) -> None:  # fmt: skip
-        self.task, self.tokenizer, self.words, self.segments = task, tokenizer, words, segments
-        self.per_step, self.steps, self.held_out = per_step, steps, held_out
-        self.names = task.vocabulary
-
-    def __len__(self) -> int:
-        return self.steps * self.per_step
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         if i >= len(self):

@@ -51,8 +51,8 @@ def growing(segments: int, steps: int) -> Callable[[int], int]:
     return schedule
 
 
-class Questions(Dataset[dict[str, list[int]]]):
-    """Samples in the order of a training run: a text, a question about it, and the answer, which alone has labels.
+class Samples(Dataset[dict[str, Any]]):
+    """Samples in the order of a training run.
 
     Sample i has as many segments as step i // per_step. It is a function of i alone: processes, workers that fetch
     ahead and resumed runs all agree, where a callback that changes the data set at a step would come too late for some.
@@ -77,7 +77,11 @@ class Questions(Dataset[dict[str, list[int]]]):
     def __len__(self) -> int:
         return self.steps * self.per_step
 
-    def __getitem__(self, i: int) -> dict[str, list[int]]:
+
+class Questions(Samples):
+    """A text, a question about it, and the answer, which alone has labels."""
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
         if i >= len(self):
             raise IndexError(i)
         segments = self.segments(i // self.per_step)

@@ -45,7 +45,7 @@ _WIDE = Tile(16, 16, 8, 1, spills=16384)  # scalar products of 256 numbers: what
 RELATIVE: tuple[Tiles, ...] = (
     Tiles(100, 64, "half", Tile(64, 64, 4, 2, programs=2), Tile(32, 32, 4, 1), Tile(32, 64, 4, 1), Tile(64, 64, 8, 2),
           lean=True),
-    Tiles(100, 64, "half", Tile(64, 64, 8, 1), Tile(32, 32, 4, 1), Tile(32, 64, 8, 1), Tile(64, 64, 8, 2)),
+    Tiles(100, 64, "half", Tile(64, 64, 8, 1), Tile(32, 32, 4, 1), Tile(32, 64, 8, 1), Tile(32, 64, 8, 1)),
     Tiles(100, 128, "half", Tile(64, 64, 8, 2), Tile(16, 16, 8, 1), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1), lean=True),
     Tiles(100, 128, "half", Tile(64, 64, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     Tiles(90, 64, "half", Tile(64, 64, 4, 2, programs=2), Tile(32, 32, 4, 2, spills=64), Tile(32, 64, 4, 1),
@@ -71,7 +71,7 @@ RELATIVE: tuple[Tiles, ...] = (
           Tile(16, 16, 8, 1)),
     Tiles(80, 256, "tf32", Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spills=16384), Tile(16, 16, 8, 1, spills=512),
           Tile(16, 16, 8, 1, spills=512)),
-    Tiles(80, 64, "float32", Tile(16, 16, 8, 1, spills=64), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1),
+    Tiles(80, 64, "float32", Tile(16, 16, 8, 1, spills=64), Tile(16, 16, 8, 1, spills=64), Tile(16, 16, 8, 1),
           Tile(16, 16, 8, 1, spills=64)),
     Tiles(80, 128, "float32", Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spills=128), Tile(16, 16, 8, 1, spills=128),
           Tile(16, 16, 8, 1, spills=128)),
