@@ -67,11 +67,6 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):  # type: ignore[misc]
             raise ValueError(f"{type(self.model).__name__} is an encoder; use RMTForMaskedLM")
         return decoder_layout(config)
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The base model's."""
-        found: nn.Module = self.model.get_output_embeddings()
-        return found
-
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """The base model's."""
         self.model.set_output_embeddings(new_embeddings)
@@ -272,11 +267,8 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):  # type: ignore[misc]
             self._open(state, fresh)
             room = min(size - state.at[i] for i in left)  # in every segment, for rows of padding too
             taken = [min(room, counts[i] - done[i]) for i in left]
-            index = torch.tensor([done[i] for i in left], device=ids.device)[:, None]
-            index = (index + torch.arange(max(taken), device=ids.device)).clamp(max=ids.shape[1] - 1)
             some = indices(left, batch, ids.device)
-            rows = (ids if some is None else ids[some]).gather(1, index)
-            hidden = self._extend(state, rows, taken, some)
+            hidden = self._extend(state, _tokens(ids, left, done, max(taken)), taken, some)
             ends = torch.tensor([count - 1 for count in taken], device=ids.device)
             found = hidden[torch.arange(len(left), device=ids.device), ends]
             if some is None:
@@ -296,12 +288,10 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):  # type: ignore[misc]
             return
         assert state.memory is not None
         longest, samples = max(whole.values()), torch.tensor(some, device=ids.device)
-        index = torch.tensor([done[i] for i in some], device=ids.device)[:, None]
-        index = (index + torch.arange(longest, device=ids.device)).clamp(max=ids.shape[1] - 1)
         lengths = None
         if any(whole[i] != longest for i in some):
             lengths = torch.tensor([whole[i] for i in some], device=ids.device)
-        found = self.recurrence(ids[samples].gather(1, index), lengths=lengths, memory=state.memory[samples])
+        found = self.recurrence(_tokens(ids, some, done, longest), lengths=lengths, memory=state.memory[samples])
         state.memory.index_copy_(0, samples, found.memory.detach())
         for i in some:
             done[i] += whole[i]
@@ -363,6 +353,14 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):  # type: ignore[misc]
         )  # fmt: skip
         hidden: Tensor = found.last_hidden_state
         return hidden
+
+
+def _tokens(ids: Tensor, samples: list[int], done: list[int], count: int) -> Tensor:
+    """The next ``count`` tokens of some samples, (samples, count); behind a sample's last, whatever."""
+    at = torch.tensor([done[i] for i in samples], device=ids.device)[:, None]
+    at = (at + torch.arange(count, device=ids.device)).clamp(max=ids.shape[1] - 1)
+    some = indices(samples, len(ids), ids.device)
+    return (ids if some is None else ids[some]).gather(1, at)
 
 
 @lru_cache(maxsize=256)

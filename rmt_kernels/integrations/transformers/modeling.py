@@ -164,6 +164,10 @@ class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         """The base model's."""
         self.model.set_input_embeddings(value)
 
+    def get_output_embeddings(self) -> Any:
+        """The base model's, a module; None where it has no head."""
+        return self.model.get_output_embeddings()
+
     def _make_layout(self, config: RMTConfig, is_decoder: bool) -> SegmentLayout:
         raise NotImplementedError
 
@@ -256,17 +260,12 @@ class RMTForMaskedLM(RMTPreTrainedModel):
     accepts_loss_kwargs = True
 
     def _make_layout(self, config: RMTConfig, is_decoder: bool) -> SegmentLayout:
-        if config.mask == CAUSAL or is_decoder:
-            raise ValueError(f"mask: {type(self).__name__} is an encoder, whose rows see both ways; use mask='rmt'")
-        return SegmentLayout.rmt_encoder(config.segment + config.front, config.memory)
+        if is_decoder:
+            raise ValueError(f"{type(self.model).__name__} is made as a decoder; use RMTForCausalLM")
+        return encoder_layout(config)
 
     def _loss(self) -> SegmentLoss:
         return TokenLoss(shift=False)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The base model's."""
-        found: nn.Module = self.model.get_output_embeddings()
-        return found
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
@@ -305,9 +304,7 @@ class RMTForSequenceClassification(RMTPreTrainedModel):
 
     def _make_layout(self, config: RMTConfig, is_decoder: bool) -> SegmentLayout:
         if sees_both_ways(self._decoder):
-            if config.mask == CAUSAL:
-                raise ValueError("mask: the base model's rows see both ways; use mask='rmt'")
-            return SegmentLayout.rmt_encoder(config.segment + config.front, config.memory)
+            return encoder_layout(config)
         return decoder_layout(config)
 
     def _loss(self) -> SegmentLoss:
@@ -350,6 +347,13 @@ def sees_both_ways(base: PreTrainedModel) -> bool:
     """Whether a base model's attention is an encoder's."""
     flags = [part.is_causal for part in base.modules() if isinstance(getattr(part, "is_causal", None), bool)]
     return bool(flags) and not any(flags)
+
+
+def encoder_layout(config: RMTConfig) -> SegmentLayout:
+    """Of an encoder's segment."""
+    if config.mask == CAUSAL:
+        raise ValueError("mask: the base model's rows see both ways; use mask='rmt'")
+    return SegmentLayout.rmt_encoder(config.segment + config.front, config.memory)
 
 
 def decoder_layout(config: RMTConfig) -> SegmentLayout:
