@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.measure import peak_bytes
 from rmt_kernels import RecurrentMemory, Replay, Truncate, replay_step
 from rmt_kernels.recurrence import SampleLoss, Segments, TokenLoss
-from rmt_kernels.recurrence.chunks import chunked, without_value
+from rmt_kernels.recurrence.chunks import chunked, gradients_at_once, without_value
 from tests.recurrence import (
     SEGMENT,
     VOCABULARY,
@@ -103,6 +104,14 @@ def close(found: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float = 
 # -- in chunks and at once ---------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["in backward", "in forward"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """When the gradients of chunks are computed."""
+    with gradients_at_once() if request.param == "in forward" else nullcontext():
+        yield request.param
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 10])
 def test_chunked_equals_unchunked(name: str, rows: int) -> None:
@@ -121,12 +130,14 @@ def test_a_function_in_place_of_a_module() -> None:
     close([a], [b])
 
 
+@pytest.mark.usefixtures("way")
 def test_weights_that_share_a_gradient_tensor() -> None:
     head = Sum().to(F64)
     found, wanted = both_ways(head, torch.randn(len(LABELS), WIDTH, dtype=F64), LABELS, 3, summed)
     close(found, wanted)
 
 
+@pytest.mark.usefixtures("way")
 def test_one_weight_used_twice_in_the_head() -> None:
     first = nn.Linear(WIDTH, WIDTH, bias=False)
     head = nn.Sequential(first, nn.Tanh(), first).to(F64)
@@ -135,6 +146,7 @@ def test_one_weight_used_twice_in_the_head() -> None:
     close(found, wanted)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("how", ["hook", "pre-hook", "backward hook", "forward of its own", "weight hook"])
 def test_what_is_done_to_a_linear_head_counts(how: str) -> None:
     """A plain ``nn.Linear`` is computed in a shorter way, but not past what somebody has hung on it."""
@@ -154,6 +166,7 @@ def test_what_is_done_to_a_linear_head_counts(how: str) -> None:
     close(found, wanted)
 
 
+@pytest.mark.usefixtures("way")
 def test_frozen_heads() -> None:
     """Wholly: the gradient of the rows alone. In part: of the rest."""
     hidden = torch.randn(len(LABELS), WIDTH, dtype=F64)
@@ -167,6 +180,7 @@ def test_frozen_heads() -> None:
     close(found, wanted)
 
 
+@pytest.mark.usefixtures("way")
 def test_hidden_rows_without_a_gradient() -> None:
     """A frozen backbone: only the head learns."""
     hidden = torch.randn(len(LABELS), WIDTH, dtype=F64)
@@ -179,6 +193,7 @@ def test_hidden_rows_without_a_gradient() -> None:
     assert not chunked(summed, head.requires_grad_(False), hidden, LABELS, ONE, 2).requires_grad
 
 
+@pytest.mark.usefixtures("way")
 def test_a_weight_that_is_not_used() -> None:
     class Half(nn.Module):
         def __init__(self) -> None:
@@ -194,6 +209,7 @@ def test_a_weight_that_is_not_used() -> None:
     assert head.spare.weight.grad is None
 
 
+@pytest.mark.usefixtures("way")
 def test_backward_twice_adds_up() -> None:
     head = nn.Sequential(nn.Dropout(0.5), nn.Linear(WIDTH, VOCABULARY)).to(F64)
     hidden = torch.randn(len(LABELS), WIDTH, dtype=F64, requires_grad=True)
@@ -207,7 +223,7 @@ def test_backward_twice_adds_up() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 4, 10])
-def test_dropout_in_the_head_is_one_draw(rows: int) -> None:
+def test_dropout_in_the_head_is_one_draw(rows: int, way: str) -> None:
     """The gradient belongs to the value: masks are noted, and put into a loss without random numbers."""
 
     class Masked(nn.Module):
@@ -228,12 +244,16 @@ def test_dropout_in_the_head_is_one_draw(rows: int) -> None:
     parameters = [hidden, *head.parameters()]
     found = torch.autograd.grad(value, parameters)
     assert torch.equal(generator_state(), after), "backward has moved the random state"
-    assert all(torch.equal(a, b) for a, b in zip(head.masks[:pieces], head.masks[pieces:], strict=True))
+    if way == "in backward":
+        assert all(torch.equal(a, b) for a, b in zip(head.masks[:pieces], head.masks[pieces:], strict=True))
+    else:
+        assert len(head.masks) == pieces
     mask = torch.cat(head.masks[:pieces])
     plain = summed(head.linear(hidden * mask), LABELS)
     close([value, *found], [plain, *torch.autograd.grad(plain, parameters)])
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("rows", [2, 4, 8])
 def test_random_state_afterwards_is_that_of_one_piece(rows: int) -> None:
     head = nn.Sequential(nn.Dropout(0.5), nn.Linear(WIDTH, VOCABULARY)).to(F64)
@@ -246,6 +266,25 @@ def test_random_state_afterwards_is_that_of_one_piece(rows: int) -> None:
         found.append((value.item(), generator_state()))
     assert torch.equal(found[0][1], found[1][1])
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("deep", [False, True])
+def test_gradients_in_float16_wait_for_their_factor(autocast: bool, deep: bool) -> None:
+    """What a factor of 2^12 keeps away from 0 is not computed without it."""
+    head: nn.Module = nn.Linear(WIDTH, VOCABULARY)
+    head = nn.Sequential(head) if deep else head
+    rows = torch.randn(len(LABELS), WIDTH)
+    exact, wide = copy.deepcopy(head).double(), rows.double().requires_grad_()
+    (summed(exact(wide), LABELS) * 2.0**-8).backward()
+    hidden = (rows if autocast else rows.half()).requires_grad_()
+    head, factor = head if autocast else head.half(), torch.tensor(2.0**-20)
+    with gradients_at_once(), torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+        value = chunked(lambda x, y: summed(x.float(), y), head, hidden, LABELS, factor, 3)
+    (value * 2.0**12).backward()
+    assert hidden.grad is not None
+    assert wide.grad is not None
+    assert float((hidden.grad - wide.grad).norm()) < 0.01 * float(wide.grad.norm())
 
 
 def test_value_left_out_and_reported_by_backward() -> None:
@@ -273,6 +312,7 @@ def test_a_value_without_a_backward_pass_is_reported_too() -> None:
     close([report + loss], [summed(head(hidden), LABELS)])
 
 
+@pytest.mark.usefixtures("way")
 def test_second_derivatives_are_refused() -> None:
     """A gradient without a graph would leave a gradient penalty out, silently."""
     hidden = torch.randn(len(LABELS), WIDTH, dtype=F64, requires_grad=True)
@@ -281,7 +321,7 @@ def test_second_derivatives_are_refused() -> None:
         (torch.autograd.grad(value, hidden, create_graph=True)[0] * hidden).sum().backward()
 
 
-def test_autocast_of_the_forward_pass_holds_in_backward() -> None:
+def test_autocast_of_the_forward_pass_holds_in_backward(way: str) -> None:
     head = nn.Linear(WIDTH, VOCABULARY)
     recorder: list[torch.dtype] = []
     head.register_forward_hook(lambda module, args, out: recorder.append(out.dtype))
@@ -290,7 +330,7 @@ def test_autocast_of_the_forward_pass_holds_in_backward() -> None:
         value = chunked(lambda x, y: summed(x.float(), y), head, hidden, LABELS, torch.ones(()), 4)
     assert value.dtype is torch.float32
     value.backward()
-    assert recorder == [torch.bfloat16] * 6
+    assert recorder == [torch.bfloat16] * (6 if way == "in backward" else 3)
     assert hidden.grad is not None
     assert hidden.grad.dtype is torch.float32
 
@@ -338,23 +378,68 @@ def test_the_head_never_sees_more_rows_than_a_chunk(rows: int) -> None:
         if isinstance(bptt, Replay):
             replay_step(model, ids, labels=ids)
         assert max(recorder.rows) <= rows
-        assert sum(recorder.rows) >= 2 * ids.numel(), "forward and backward"
+        assert sum(recorder.rows) >= ids.numel()
 
 
 def test_the_head_is_run_no_more_often_than_needed() -> None:
-    """Twice under autograd, whatever is recomputed; once in the driver; not at all for a loss known to be 0."""
+    """Once in the driver and for segments that are kept, if one factor weighs them; else twice under autograd, whatever
+    is recomputed; not at all for a loss known to be 0."""
     ids = numbers(2, 4 * SEGMENT)
-    for bptt in ("full", Replay(keep=0), Replay(keep=2)):
+    for bptt, kept in (("full", 4), (Replay(keep=0), 0), (Replay(keep=2), 2)):
         for weights, tokens in (("tokens", ids.numel()), ("last", 2 * SEGMENT), ([0, 1, 0, 2], 4 * SEGMENT)):
             model = tiny(loss=TokenLoss(rows=3, weights=weights), bptt=bptt)
             assert model.head is not None
             model.head = recorder = Recorder(model.head)
             model(ids, labels=ids).loss.backward()
-            assert sum(recorder.rows) == 2 * tokens
+            once = min(tokens, kept * 2 * SEGMENT) if isinstance(weights, str) else 0
+            assert sum(recorder.rows) == 2 * tokens - once
             recorder.rows.clear()
             if isinstance(bptt, Replay):
                 replay_step(model, ids, labels=ids)
                 assert sum(recorder.rows) == tokens
+
+
+class Counted(nn.Embedding):
+    """An embedding that is more than a table."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("align", ["left", "right"])
+@pytest.mark.parametrize("bptt", ["full", 2, Replay(keep=3)], ids=["full", "truncated", "replay"])
+def test_tokens_of_kept_segments_are_embedded_at_once(align: str, bptt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the embedding is a plain table; the same memories and gradients either way."""
+    calls: list[torch.Size] = []
+    plain = F.embedding
+
+    def noted(numbers: Tensor, *args: Any, **others: Any) -> Tensor:
+        calls.append(numbers.shape)
+        return plain(numbers, *args, **others)
+
+    ids, found = numbers(2, 4 * SEGMENT - 3), []
+    for kind in (nn.Embedding, Counted):
+        model = tiny(dropout=0, align=align, bptt=bptt)
+        assert isinstance(model.embed, nn.Embedding)
+        table = kind(*model.embed.weight.shape).to(F64)
+        table.weight = model.embed.weight
+        model.embed = table
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "embedding", noted)
+            out = model(ids, labels=ids)
+        kept = 3 if isinstance(bptt, Replay) else 4
+        sizes = [tuple(shape) for shape in calls]
+        if kind is nn.Embedding:
+            assert sizes.count((kept, 2, SEGMENT)) == 1
+            assert len(sizes) == 1 + 4 - kept
+        else:
+            assert sizes == [(2, SEGMENT)] * 4
+        out.loss.backward()
+        found.append((out, gradients(model)))
+    (a, grads), (b, others) = found
+    assert torch.equal(a.memory, b.memory)
+    assert largest_difference(grads, others) < 1e-12
 
 
 class Through(nn.Module):

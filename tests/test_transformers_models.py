@@ -16,6 +16,7 @@ pytest.importorskip("transformers", minversion="4.57")
 
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from rmt_kernels import Replay, SegmentLayout, Truncate
 from rmt_kernels.integrations.transformers import (
@@ -148,6 +149,33 @@ def test_a_base_keeps_its_weights() -> None:
     spread = float(base.get_input_embeddings().weight.std())
     assert 0.5 * spread < float(model.initial_memory.std()) < 2 * spread
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"model", "initial_memory"}
+
+
+@pytest.mark.parametrize("kind", [NewGELUActivation, FastGELUActivation])
+def test_a_gelu_that_is_written_out_becomes_one_kernel(kind: type[torch.nn.Module]) -> None:
+    """The same function and gradient; its input is all that is kept; nothing else is touched."""
+    base = make("gpt2", "causal")
+    block = base.transformer.h[0].mlp
+    block.act = kind()
+    x = torch.linspace(-9, 9, 1001, requires_grad=True)
+    wanted, hooked = block.act(x), kind()
+    hooked.forward = hooked.forward  # type: ignore[method-assign]  # as accelerate's hooks leave it
+    base.transformer.h[1].mlp.act = hooked
+    RMTForCausalLM.from_base(base, memory=M, segment=T)
+    assert type(block.act) is torch.nn.GELU
+    assert base.transformer.h[1].mlp.act is hooked
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, keep):
+        found = block.act(x)
+    assert len(kept) == 1
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
+    (a,), (b,) = (torch.autograd.grad(y.sum(), x) for y in (found, wanted))
+    torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
 
 
 def test_the_output_layer_and_what_else_a_head_does() -> None:

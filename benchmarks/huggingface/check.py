@@ -63,7 +63,7 @@ class Checker:
         for i, case in enumerate(self.cases):
             try:
                 # CUDA graphs are of the shape that is measured; in little there is nothing to compile.
-                one = subject if i else Subject(case.shape, contestant.attention, case.dtype, self.device)
+                one = subject if i else self._little(case, contestant)
                 found = (self._gradients if self.backward else self._memory)(i, contestant, one)
             except Exception as error:  # recorded and shown in place of a time: one contestant must not end the run
                 return Check(False, f"failed: {message(error)}")
@@ -71,6 +71,9 @@ class Checker:
             if not found.ok:
                 return Check(False, found.reason, errors)
         return Check(True, "", errors)
+
+    def _little(self, case: _Case, contestant: Contestant) -> Subject:
+        return Subject(case.shape, contestant.attention, case.dtype, self.device, gelu=contestant.gelu)
 
     def _subjects(self, case: _Case) -> tuple[Subject, Subject]:
         """Where the truth comes from, and the authors' loop."""

@@ -26,7 +26,7 @@ _IGNORED = -100
 class Contestant:
     """``build(subject)`` gives its step, of a subject with ``attention``.
 
-    ``graphs``: for GPUs only. ``compiled``: of a subject whose base model is compiled. ``keeps``: what it has allocated
+    ``graphs``: for GPUs only. ``compiled``, ``gelu``: of a :class:`Subject` with that. ``keeps``: what it has allocated
     when a step is over belongs to what the step needs.
     """
 
@@ -36,6 +36,7 @@ class Contestant:
     attention: str = "sdpa"
     graphs: bool = False
     compiled: bool = False
+    gelu: bool = False
     keeps: bool = False
 
 
@@ -135,6 +136,7 @@ TRAINERS = {
     for contestant in (
         Contestant("authors", "authors' loop", _authors),
         Contestant("by_segment", "loop, loss by segment", _kept),
+        Contestant("by_segment_gelu", "loop, loss by segment, GELU in one kernel", _kept, gelu=True),
         Contestant("checkpoint", "loop, checkpoint per segment", _recomputed),
         Contestant("full", 'ours, bptt="full"', _policy("full"), OURS),
         Contestant("replay", "ours, bptt=Replay()", _policy(Replay()), OURS),

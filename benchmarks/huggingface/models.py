@@ -12,6 +12,7 @@ from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel, LlamaC
 
 from rmt_kernels import SegmentLayout
 from rmt_kernels.integrations.transformers import RMTForCausalLM
+from rmt_kernels.integrations.transformers.activations import in_one_kernel
 
 __all__ = ["EXACT", "OURS", "SHAPES", "Shape", "Subject"]
 
@@ -53,6 +54,11 @@ class Shape:
         """Standard deviation of the weights: so large that a row depends on all that it sees, or no check would find
         what is wrong with it."""
         return 1.5 / math.sqrt(self.width)
+
+    @property
+    def gelu(self) -> bool:
+        """Whether its activation is a tanh GELU, written out."""
+        return self.kind == "gpt2"
 
     @property
     def layout(self) -> SegmentLayout:
@@ -105,12 +111,13 @@ class Subject:
     Subjects of one shape have the same weights, rounded to ``weights`` before they are brought to ``dtype``.
 
     Args:
+        gelu: a tanh GELU is computed in one kernel, as it always is in ``OURS``.
         compiled: the base model is compiled with ``mode="reduce-overhead"``, on a GPU CUDA graphs.
     """
 
     def __init__(
         self, shape: Shape, attention: str, dtype: torch.dtype, device: torch.device | str = "cpu", *,
-        weights: torch.dtype | None = None, compiled: bool = False,
+        weights: torch.dtype | None = None, gelu: bool = False, compiled: bool = False,
     ) -> None:  # fmt: skip
         self.shape, self.dtype, self.device = shape, dtype, torch.device(device)
         with torch.random.fork_rng(devices=[]), self.device:
@@ -128,6 +135,8 @@ class Subject:
             self.memory = self.rmt.initial_memory
         else:
             base.set_attn_implementation(attention)
+            if gelu:
+                in_one_kernel(base)
             self.memory = nn.Parameter(memory)
         self.lm = base
         seen = shape.layout.dense_mask().to(self.device)

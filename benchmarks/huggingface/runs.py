@@ -68,17 +68,26 @@ class Bench:
     ) -> None:  # fmt: skip
         self.shape, self.plan, self.device, self.say, self.tick = shape, plan, device, say, tick
         self.trainers, self.readers = (
-            {name: c for name, c in every.items() if not c.graphs or device.type == "cuda"}
+            {
+                name: c
+                for name, c in every.items()
+                if (device.type == "cuda" or not c.graphs) and (shape.gelu or not c.gelu)
+            }
             for every in (trainers, readers)
         )
-        self._subjects: dict[tuple[str, bool], Subject] = {}
+        self._subjects: dict[tuple[str, bool, bool], Subject] = {}
 
-    def subject(self, attention: str, compiled: bool = False) -> Subject:
+    def subject(self, attention: str, gelu: bool = False, compiled: bool = False) -> Subject:
         """The model with that attention; made once."""
-        key = (attention, compiled)
+        key = (attention, gelu, compiled)
         if key not in self._subjects:
-            self._subjects[key] = Subject(self.shape, attention, self.plan.dtype, self.device, compiled=compiled)
+            self._subjects[key] = Subject(
+                self.shape, attention, self.plan.dtype, self.device, gelu=gelu, compiled=compiled
+            )
         return self._subjects[key]
+
+    def _subject_of(self, contestant: Contestant) -> Subject:
+        return self.subject(contestant.attention, contestant.gelu, contestant.compiled)
 
     def described(self) -> Record:
         """The model's sizes."""
@@ -187,14 +196,14 @@ class Bench:
         ids, records = self.subject("sdpa").inputs(segments), {}
         for name, contestant in contestants.items():
             self.say(f"{'gradients' if backward else 'memory'} of {contestant.label}")
-            checked = checker(name, self.subject(contestant.attention, contestant.compiled))
+            checked = checker(name, self._subject_of(contestant))
             records[name] = _record(name, contestant.label, checked) | _size(ids, segments)
             self._release()
             self.tick()
         return records
 
     def _step(self, contestant: Contestant, ids: Tensor) -> Callable[[], object]:
-        subject = self.subject(contestant.attention, contestant.compiled)
+        subject = self._subject_of(contestant)
         step = contestant.build(subject)
 
         def run() -> object:
@@ -213,7 +222,7 @@ class Bench:
         for name, record in records.items():
             if name in steps:
                 self.say(f"peak memory of {record['label']}, {record['segments']} segments")
-                subject = self.subject(contestants[name].attention, contestants[name].compiled)
+                subject = self._subject_of(contestants[name])
                 step = steps[name]
                 if self.device.type != "cpu" and not contestants[name].keeps:
                     step()  # libraries allocate on their first call

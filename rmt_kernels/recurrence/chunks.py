@@ -2,6 +2,8 @@
 
 Forward keeps nothing but its inputs; backward computes each chunk's logits again and goes back through them at once. So
 nobody has to run the forward pass for the sake of the backward one, and a pass that recomputes a segment leaves it out.
+Where a backward pass is sure to follow, forward goes back at once (:func:`gradients_at_once`), and logits are computed
+once.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from rmt_kernels.recurrence.randomness import RandomState
 
-__all__ = ["chunked", "without_value"]
+__all__ = ["chunked", "gradients_at_once", "without_value"]
 
 Head = Callable[[Tensor], Tensor] | None
 Total = Callable[[Tensor, Tensor], Tensor]
@@ -38,6 +40,22 @@ def without_value(report: Tensor | None = None) -> Iterator[None]:
         yield
     finally:
         _local.pass_ = before
+
+
+@contextmanager
+def gradients_at_once() -> Iterator[None]:
+    """In this thread, the forward pass of chunked losses computes their gradients, and holds them for backward.
+
+    Spares a third of the head's products where backward would compute the logits again, and holds a gradient of the
+    head's weight for each loss: for one loss a step. Without effect for logits in float16, whose gradients need the
+    factor that backward brings.
+    """
+    before = getattr(_local, "at_once", False)
+    _local.at_once = True
+    try:
+        yield
+    finally:
+        _local.at_once = before
 
 
 def chunked(
@@ -72,9 +90,10 @@ def chunked(
             "blocks, but not on the head, whose parameters then belong to the root"
         )
     wanted, report = getattr(_local, "pass_", (True, None))
+    at_once = wanted and getattr(_local, "at_once", False)
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weights):
-        wanted, report = True, None  # no backward pass will follow that could report the value
-    plan = _Plan(total, head, learned, rows, tuple(weights), _autocast(hidden), wanted, report)
+        wanted, report, at_once = True, None, False  # no backward pass will follow that could report the value
+    plan = _Plan(total, head, learned, rows, tuple(weights), _autocast(hidden), wanted, report, at_once)
     return _Chunked.apply(plan, hidden, labels, factor, *weights)  # type: ignore[no-any-return]
 
 
@@ -107,6 +126,7 @@ class _Plan:
     autocast: Autocast
     wanted: bool  # the value
     report: Tensor | None
+    at_once: bool  # gradients, in the forward pass
 
 
 class _Chunked(torch.autograd.Function):
@@ -116,9 +136,16 @@ class _Chunked(torch.autograd.Function):
         state = RandomState.now(hidden.device).tensors() if plan.report is None else ()
         ctx.plan, ctx.versions = plan, [weight._version for weight in weights]
         ctx.save_for_backward(hidden, labels, factor, *state)
+        linear = _plain_linear(plan.head, hidden, plan.autocast)
+        ctx.found = None
+        if plan.at_once and torch.float16 not in (hidden.dtype, plan.autocast[1] if plan.autocast[2] else None):
+            sweep = _Sweep(plan, factor, ctx.needs_input_grad[1])
+            value, grad_hidden = sweep.through_all(linear, hidden, labels)
+            ctx.found = grad_hidden, sweep.grads
+            return value * factor
         value = factor.new_zeros(())
         if plan.wanted:
-            logits = _plain_linear(plan.head, hidden, plan.autocast) or _callable(plan.head)
+            logits = linear or _callable(plan.head)
             for first in range(0, len(hidden), plan.rows):
                 part = slice(first, first + plan.rows)
                 value = value + plan.total(logits(hidden[part]), labels[part])
@@ -136,25 +163,27 @@ class _Chunked(torch.autograd.Function):
             raise RuntimeError(
                 "one of the head's weights has been modified by an inplace operation since the forward pass"
             )
+        if ctx.found is not None:
+            # Handed out, and no longer there for a second traversal, which computes its own.
+            (grad_hidden, grads), ctx.found = ctx.found, None
+            _scale([grad_hidden, *grads], grad)
+            return (None, grad_hidden, None, None, *grads)
         again = RandomState.of(tuple(state), hidden.device).again() if state else nullcontext()
         with again:
             sweep = _Sweep(plan, grad * factor, ctx.needs_input_grad[1])
-            # A loss that learns may use the head's weights too.
-            linear = None if plan.learned is not None else _plain_linear(plan.head, hidden, plan.autocast)
-            grad_hidden = torch.empty_like(hidden) if sweep.hidden_asked else None
-            value: Tensor | None = None
-            for first in range(0, len(hidden), plan.rows):
-                part = slice(first, first + plan.rows)
-                if linear is None:
-                    loss, found = sweep.through(hidden[part], labels[part])
-                else:
-                    loss, found = sweep.through_linear(linear, hidden[part], labels[part])
-                if grad_hidden is not None:
-                    grad_hidden[part] = 0 if found is None else found
-                value = loss if value is None else value + loss
-            if plan.report is not None and value is not None:
+            linear = _plain_linear(plan.head, hidden, plan.autocast)
+            value, grad_hidden = sweep.through_all(linear, hidden, labels)
+            if plan.report is not None:
                 plan.report.add_(value * factor)
         return (None, grad_hidden, None, None, *sweep.grads)
+
+
+def _scale(found: list[Tensor | None], grad: Tensor) -> None:
+    """In place, and not at all where it can be seen that ``grad`` is 1."""
+    if grad.device.type == "cpu" and grad.item() == 1:
+        return
+    for tensor in {id(tensor): tensor for tensor in found if tensor is not None}.values():  # two weights may share one
+        tensor.mul_(grad)
 
 
 def _callable(head: Head) -> Callable[[Tensor], Tensor]:
@@ -189,6 +218,23 @@ class _Sweep:
         self.plan, self.seed, self.hidden_asked = plan, seed, hidden_asked
         self.grads: list[Tensor | None] = [None] * len(plan.weights)
         self._checked = False
+
+    def through_all(self, linear: _Linear | None, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The sum over all chunks, and the gradient of the hidden rows; ``linear``: the head as one product."""
+        if self.plan.learned is not None:
+            linear = None  # a loss that learns may use the head's weights too
+        grad_hidden = torch.empty_like(hidden) if self.hidden_asked else None
+        value = self.seed.new_zeros(())
+        for first in range(0, len(hidden), self.plan.rows):
+            part = slice(first, first + self.plan.rows)
+            if linear is None:
+                loss, found = self.through(hidden[part], labels[part])
+            else:
+                loss, found = self.through_linear(linear, hidden[part], labels[part])
+            if grad_hidden is not None:
+                grad_hidden[part] = 0 if found is None else found
+            value = value + loss
+        return value, grad_hidden
 
     def _loss(self, logits: Callable[[], Tensor], labels: Tensor) -> Tensor:
         kind, dtype, enabled = self.plan.autocast

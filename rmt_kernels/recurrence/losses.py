@@ -31,6 +31,7 @@ class Weighed:
     factors: Tensor  # (segments,)
     last: Tensor | None = None  # int64 (batch or 1,): of each sample only this segment counts; None: all do
     silent: frozenset[int] = frozenset()  # segments known to have no loss
+    even: bool = False  # one factor for all rows, so that several segments may be given as one, of more samples
 
 
 class SegmentLoss(Protocol):
@@ -161,7 +162,8 @@ class TokenLoss:
             silent = frozenset(range(segments.count - 1))
         elif isinstance(self.weights, tuple):
             silent = frozenset(s for s, weight in enumerate(self.weights) if weight == 0)
-        return Weighed(labels, _factors(self.weights, counts, dtype), last, silent)
+        even = self.weights in ("tokens", "last")
+        return Weighed(labels, _factors(self.weights, counts, dtype), last, silent, even)
 
     def targets(self, weighed: Weighed, segments: Segments, s: int) -> tuple[Tensor, ...]:
         """See :class:`SegmentLoss`."""

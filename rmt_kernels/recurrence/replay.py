@@ -18,7 +18,7 @@ from rmt_kernels.recurrence.chunks import without_value
 from rmt_kernels.recurrence.policies import Policy, Replay
 from rmt_kernels.tape import Tape
 
-__all__ = ["Cell", "activation_bytes", "go_back", "no_attention", "run"]
+__all__ = ["Cell", "activation_bytes", "add", "go_back", "no_attention", "run"]
 
 # (segment number, the memory entering it) to (its share of the loss, the next memory, what to put out of it)
 Cell = Callable[[int, Tensor], tuple[Tensor | None, Tensor, Any]]
@@ -54,10 +54,14 @@ def run(
             loss, memory, output = _replayed(cell, s, memory, replay)
         else:
             loss, memory, output = cell(s, memory)
-        if loss is not None:
-            total = loss if total is None else total + loss
+        total = add(total, loss)
         outputs.append(output)
     return total, memory, outputs
+
+
+def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Their sum, None standing for no loss at all."""
+    return b if a is None else a if b is None else a + b
 
 
 def _replayed(cell: Cell, s: int, memory: Tensor, replay: Replay) -> tuple[Tensor | None, Tensor, Any]:

@@ -18,8 +18,9 @@ from rmt_kernels.layout import Region, Rule, SegmentLayout
 from rmt_kernels.recurrence.losses import SampleLoss, SegmentLoss, TokenLoss, Weighed
 from rmt_kernels.recurrence.policies import Policy, Replay, resolve
 from rmt_kernels.recurrence.randomness import RandomState
-from rmt_kernels.recurrence.replay import activation_bytes, run
+from rmt_kernels.recurrence.replay import activation_bytes, add, run
 from rmt_kernels.recurrence.segments import Segments
+from rmt_kernels.recurrence.window import Window
 
 __all__ = ["Batch", "RecurrentMemory", "RecurrentOutput", "SegmentCall", "Stretch"]
 
@@ -39,7 +40,7 @@ class RecurrentOutput(NamedTuple):
 class SegmentCall:
     """All that one segment reads but its memory: tensors, whose shapes are the same for every segment."""
 
-    inputs: Tensor  # (batch, segment) or (batch, segment, width)
+    inputs: Tensor  # (batch, segment), or (batch, segment, width) where they are rows or have been embedded
     counts: Tensor | None  # int32 (batch,), tokens of each sample; None: the segment is full
     targets: tuple[Tensor, ...] | None  # of the loss; None: the segment has none
     factor: Tensor | None  # 0-dim
@@ -291,15 +292,22 @@ class RecurrentMemory(nn.Module):
         with RandomState.unless_it_fails(inputs.device):
             entering = self.entering(batch, None if memory is None else self._beside_the_start(memory))
 
-            def cell(s: int, entering: Tensor) -> tuple[Tensor | None, Tensor, Any]:
-                return self._segment(batch.call(s), entering, f"segment {s}")
-
-            kept = batch.count
+            kept, first = batch.count, batch.count
             if torch.is_grad_enabled():
                 self.refuse_wrapped_parts()
                 kept = self.kept(batch, self.bptt, lambda call: self._segment(call, entering, ""))
+                first = batch.count - kept
+            window = Window(self, batch, first)
+
+            def cell(s: int, entering: Tensor) -> tuple[Tensor | None, Tensor, Any]:
+                if s < first:
+                    return self._segment(batch.call(s), entering, f"segment {s}")
+                return self._segment(window.call(s), entering, f"segment {s}", lambda rows: window.take(s, rows))
+
             order = bar(batch.count, progress)
             loss, memory, pieces = run(cell, entering, batch.count, self.bptt, kept, order, self._cut)
+            with self._steady(inputs.device.type):
+                loss = add(loss, window.loss())
         if loss is None and labels is not None:
             loss = memory.new_zeros(())
         return RecurrentOutput(loss, memory, join(batch, pieces))
@@ -480,26 +488,32 @@ class RecurrentMemory(nn.Module):
         pieces = []
         for call, cut in zip(stretch.calls, stretch.cuts, strict=True):
             loss, memory, piece = self._segment(call, self._cut(memory) if cut else memory, "a segment")
-            if loss is not None:
-                total = loss if total is None else total + loss
+            total = add(total, loss)
             pieces.append(piece)
         return RecurrentOutput(total, memory, tuple(pieces))  # type: ignore[arg-type]
 
-    def _segment(self, call: SegmentCall, memory: Tensor, name: str) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """One segment: its share of the loss, the memory that leaves it, and what was asked for."""
-        kind = call.inputs.device.type
+    def _segment(
+        self, call: SegmentCall, memory: Tensor, name: str, take: Callable[[Tensor], None] | None = None
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """One segment: its share of the loss, the memory that leaves it, and what was asked for. ``take`` is given the
+        hidden rows of TOKENS."""
+        with self._steady(call.inputs.device.type):
+            return self._one(call, memory, name, take)
+
+    @staticmethod
+    def _steady(kind: str) -> AbstractContextManager[Any]:
         # Autocast keeps one narrow copy of each weight and sums its gradient over all segments in that dtype: 2e-2 off
         # after 512 segments. A copy for each segment is summed in the weight's own dtype.
-        steady: AbstractContextManager[Any] = nullcontext()
-        if torch.is_autocast_enabled(kind):
-            steady = torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
-        with steady:
-            return self._one(call, memory, name)
+        if not torch.is_autocast_enabled(kind):
+            return nullcontext()
+        return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
 
-    def _one(self, call: SegmentCall, memory: Tensor, name: str) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    def _one(
+        self, call: SegmentCall, memory: Tensor, name: str, take: Callable[[Tensor], None] | None
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         layout, counts = call.layout, call.counts
         if self.embed is not None:
-            tokens = self.embed(call.inputs)
+            tokens = call.inputs if call.inputs.is_floating_point() else self.embed(call.inputs)
         elif counts is None:
             tokens = call.inputs
         else:  # whatever padding holds, 0 is what gradients may be multiplied with
@@ -542,6 +556,8 @@ class RecurrentMemory(nn.Module):
             assert self.head is not None
             assert isinstance(self.loss, SampleLoss)
             output = self.head(self.loss.chosen(middle, full))
+        if take is not None:
+            take(middle)
         # Last, for a pass that recomputes a segment leaves it out, with the random numbers that a head may draw.
         loss = None
         if call.targets is not None:

@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from rmt_kernels.integrations.transformers.activations import in_one_kernel
 from rmt_kernels.integrations.transformers.attention import EXPLICIT, check_interface, register
 from rmt_kernels.integrations.transformers.config import RMTConfig
 from rmt_kernels.integrations.transformers.masks import CAUSAL
@@ -108,6 +109,7 @@ class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             base = self._auto.from_config(config.base_config, attn_implementation=EXPLICIT)
         check_interface(base)
         base.set_attn_implementation(EXPLICIT)
+        in_one_kernel(base)
         self.model = base
         config.base_config = base.config
         base.config.rmt_backend = config.rmt_backend
