@@ -43,17 +43,18 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest --slow --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
-# What stands on transformers, on the oldest version that is supported.
-OLDEST := build/transformers-4
+# What stands on transformers, on the oldest version of each major one that is supported.
+OLDEST := build/transformers-4 build/transformers-5
 
-$(OLDEST)/.installed: requirements-transformers-4.txt $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OLDEST) -r $<
+$(OLDEST:=/.installed): build/%/.installed: requirements-%.txt $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) -r $<
 	@touch $@
 
-test-oldest: setup $(OLDEST)/.installed
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
-	  tests/test_transformers.py tests/test_transformers_models.py tests/test_transformers_generation.py \
-	  tests/test_huggingface_examples.py
+test-oldest: setup $(OLDEST:=/.installed)
+	set -e; for oldest in $(OLDEST); do \
+	  PYTHONPATH=$(CURDIR)/$$oldest $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
+	    tests/test_transformers.py tests/test_transformers_models.py tests/test_transformers_generation.py \
+	    tests/test_transformers_parallel.py tests/test_huggingface_examples.py; done
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

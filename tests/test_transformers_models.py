@@ -26,11 +26,11 @@ from rmt_kernels.integrations.transformers import (
     RMTForSequenceClassification,
     marks_of,
 )
-from tests.families import DECODERS, OLD, make
+from tests.families import DECODERS, OLD, SERVED, make
 
 M, T = 3, 8
 EXACT = 1e-5
-CASES = [(name, mask) for name in DECODERS if not (OLD and name == "opt") for mask in ("rmt", "rmt_causal")]
+CASES = [(name, mask) for name in DECODERS if name in SERVED for mask in ("rmt", "rmt_causal")]
 encoders = pytest.mark.skipif(OLD, reason="encoders of transformers 4 are not on the attention interface")
 
 

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> dict[int, float]:
         gradient_accumulation_steps=args.accumulate, learning_rate=args.learning_rate or (5e-5 if args.base else 2e-3),
         weight_decay=0.01 if args.base else 1.0, adam_beta2=0.98, warmup_steps=min(50, args.steps // 4),
         lr_scheduler_type="cosine", bf16=args.bf16, logging_steps=max(1, args.steps // 20), save_strategy="no",
-        report_to="none", remove_unused_columns=False,
+        report_to="none", remove_unused_columns=False, ddp_find_unused_parameters=False,
         use_cpu=not torch.accelerator.is_available(), dataloader_pin_memory=torch.accelerator.is_available(),
     )  # fmt: skip
     data = partial(Questions, task, tokenizer, words=words_of(tokenizer, args.segment))

@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> dict[int, float]:
         per_device_eval_batch_size=args.batch, learning_rate=args.learning_rate or (2e-5 if args.base else 1e-3),
         weight_decay=0.01, warmup_steps=min(50, args.steps // 4), bf16=args.bf16,
         logging_steps=max(1, args.steps // 20), save_strategy="no", report_to="none", remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
         use_cpu=not torch.accelerator.is_available(), dataloader_pin_memory=torch.accelerator.is_available(),
     )  # fmt: skip
     data = partial(Texts, task, tokenizer, words=words_of(tokenizer, args.segment))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -142,14 +144,15 @@ class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         """Draw ``initial_memory`` anew, with the standard deviation of the embedding's weights."""
         weight = self.get_input_embeddings().weight
         if weight.device.type != "meta":
-            self.initial_memory.normal_(std=float(weight.float().std()))
+            nn.init.normal_(self.initial_memory, std=float(weight.float().std()))
 
     def _init_weights(self, module: nn.Module) -> None:
+        # With the functions of nn.init, which from_pretrained keeps away from what it has loaded.
         if module is self:
             self.reset_memory()
         elif module is getattr(self, "score", None):
-            module.weight.data.normal_(std=0.02)
-            module.bias.data.zero_()
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
 
     @property
     def _decoder(self) -> PreTrainedModel:
@@ -169,6 +172,14 @@ class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     def get_output_embeddings(self) -> Any:
         """The base model's, a module; None where it has no head."""
         return self.model.get_output_embeddings()
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **others: Any
+    ) -> None:
+        # Every segment goes through the same layers: the reentrant kind, transformers 4's default, makes a backward
+        # traversal of its own for each, which DistributedDataParallel refuses and FSDP2 gets wrong.
+        checkpointing = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, checkpointing, **others)
 
     def _make_layout(self, config: RMTConfig, is_decoder: bool) -> SegmentLayout:
         raise NotImplementedError
