@@ -13,6 +13,7 @@ if not torch.cuda.is_available():  # read when the kernels are defined
     os.environ["RMT_KERNELS_EMULATE"] = "1"
 
 from tests.interpreter import hasten
+from tests.parallel_worker import Ranks
 from tests.suite import nan_filled_memory
 
 hasten()
@@ -50,3 +51,11 @@ def nan_memory() -> Iterator[None]:
     """Memory freshly allocated by PyTorch, here and in C++, holds NaN."""
     with nan_filled_memory():
         yield
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """Two processes, for the tests of one file."""
+    processes = Ranks()
+    yield processes
+    processes.stop()

@@ -297,7 +297,7 @@ def test_targets_are_reached_or_missed(
         results = _with(_with(measured, part, against, **{field: 100}), part, ours, **{field: value})
         label = limits.find(results, part, "gpt2-small", ours)[0]["label"]
         (row,) = [
-            row for row in tables.goal_table(results).rows if row[0].startswith(what) and f"small, {label}" in row[1]
+            row for row in tables.targets(results).rows if row[0].startswith(what) and f"small, {label}" in row[1]
         ]
         assert row[4] == verdict
 

@@ -506,7 +506,7 @@ def test_nothing_measured_is_nothing_reached() -> None:
     only = made_up()
     only["memory"] = [record for record in only["memory"] if record["contestant"] != "driver"]
     assert _verdicts(only)["activation memory of one segment more"] == "partly measured"
-    table = tables.goal_table(only)
+    table = tables.targets(only)
     assert ["replay_step", "-", "≤ 60.8 KiB", "not measured"] in [row[1:] for row in table.rows]
 
 

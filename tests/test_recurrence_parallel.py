@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,13 +17,6 @@ from tests.parallel_worker import DRIVER, ENGINE, GATHERED, GROUPS, SEGMENTS, Ra
 
 KINDS = ["ddp", "fsdp2"]
 EXACT = 1e-10
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    processes = Ranks()
-    yield processes
-    processes.stop()
 
 
 def only(kind: str, *ways: Way) -> list[Way]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,13 +14,6 @@ from tests.families import OLD
 from tests.parallel_worker import Ranks
 
 EXACT = 1e-5
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    processes = Ranks()
-    yield processes
-    processes.stop()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from benchmarks.goals import Goal
 from benchmarks.gpu.stages import STAGES
-from benchmarks.gpu.targets import Goal, Record, Results, goals, kernel_ratio, records_of, seconds
+from benchmarks.gpu.targets import Record, Results, goals, kernel_ratio, records_of, seconds
 from benchmarks.huggingface import limits as huggingface_limits
 from benchmarks.huggingface import tables as huggingface
 from benchmarks.huggingface.on_gpu import collect as collect_huggingface

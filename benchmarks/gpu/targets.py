@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.cases import Case
+from benchmarks.goals import Goal
 from benchmarks.gpu.cases import FULL, filling, short
 from benchmarks.gpu.compare import sizes
 
-__all__ = ["Goal", "goals", "kernel_ratio", "records_of", "seconds"]
+__all__ = ["goals", "kernel_ratio", "records_of", "seconds"]
 
 Record = dict[str, Any]
 Results = dict[str, Any]
@@ -27,47 +27,6 @@ COPY_SHARE, SHORT_KERNEL, SHORT_CALL = 0.60, 1.3, 1.5
 _CUDA_RATES: Rates = {("forward", 128): (260, 298, 319), ("backward", 128): (140, 210, 266)}  # FlashAttention-2's
 CUDA_COPY_SHARE, CUDA_SHORT_TOKENS = 0.70, 512
 _FILLING = filling(FULL)
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A sentence with a bound, and what was measured for each case that it speaks of: ``{case: value or None}``."""
-
-    what: str
-    bound: float
-    values: dict[str, float | None]
-    at_most: bool = False
-    unit: str = "x"
-    optional: bool = False
-
-    def met(self, value: float) -> bool:
-        """Whether one value reaches the bound."""
-        return value <= self.bound if self.at_most else value >= self.bound
-
-    @property
-    def worst(self) -> tuple[str, float] | None:
-        """The case farthest from the bound, None where nothing was measured."""
-        known = [(value, case) for case, value in self.values.items() if value is not None]
-        if not known:
-            return None
-        value, case = max(known) if self.at_most else min(known)
-        return case, value
-
-    @property
-    def verdict(self) -> str:
-        """ "reached", "missed", "not measured", or "partly measured" where all that was measured reaches it."""
-        known = [value for value in self.values.values() if value is not None]
-        if not known:
-            return "not measured"
-        if not all(self.met(value) for value in known):
-            return "missed"
-        return "reached" if len(known) == len(self.values) else "partly measured"
-
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        """Cases that reach it, cases that were measured, cases."""
-        known = [value for value in self.values.values() if value is not None]
-        return sum(map(self.met, known)), len(known), len(self.values)
 
 
 def records_of(results: Results, stage: str) -> list[Record]:

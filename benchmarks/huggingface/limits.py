@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.gpu.targets import Goal
+from benchmarks.goals import Goal
 
 __all__ = ["JUDGED", "LOOP", "failures", "find", "goals", "over"]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.recurrence.model import Learner
 from rmt_kernels import SegmentLayout
 from rmt_kernels.integrations.transformers import RMTForCausalLM
 from rmt_kernels.integrations.transformers.activations import in_one_kernel
@@ -105,7 +106,7 @@ SHAPES = {
 }
 
 
-class Subject:
+class Subject(Learner):
     """One model with one kind of attention: ``"sdpa"`` with a dense mask, ``OURS``, or ``EXACT``, for what is right.
 
     Subjects of one shape have the same weights, rounded to ``weights`` before they are brought to ``dtype``.
@@ -173,15 +174,3 @@ class Subject:
         head: Any = self.lm.get_output_embeddings()
         found: Tensor = head(hidden)
         return found
-
-    def forget_gradients(self) -> None:
-        """As ``optimizer.zero_grad()``."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
-
-    def gradients(self) -> dict[str, Tensor]:
-        """What a step left; zeros where nothing."""
-        return {
-            name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
-            for name, p in self.parameters.items()
-        }

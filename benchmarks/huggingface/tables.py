@@ -5,27 +5,19 @@ from __future__ import annotations
 from statistics import quantiles
 from typing import Any
 
+from benchmarks.goals import goal_table
 from benchmarks.huggingface.limits import LOOP, failures, find, goals, over
 from benchmarks.tables import Table, environment_lines
 
-__all__ = ["generate_table", "goal_table", "prefill_table", "summary_lines", "tables", "train_table"]
+__all__ = ["generate_table", "prefill_table", "summary_lines", "tables", "targets", "train_table"]
 
 Results = dict[str, Any]
 Record = dict[str, Any]
 
 
-def goal_table(results: Results) -> Table:
+def targets(results: Results) -> Table:
     """Each target, what was measured, and whether it is reached."""
-    rows = []
-    for goal in goals(results):
-        for case, value in goal.values.items():
-            verdict = "not measured" if value is None else "reached" if goal.met(value) else "missed"
-            rows.append([
-                goal.what, case, "-" if value is None else f"{value:.2f}{goal.unit}",
-                f"{'≤' if goal.at_most else '≥'} {goal.bound:.2f}{goal.unit}",
-                "not asked for" if goal.optional and verdict == "missed" else verdict,
-            ])  # fmt: skip
-    return Table("RMT around models of transformers: targets", ["what", "of", "measured", "wanted", ""], rows)
+    return goal_table("RMT around models of transformers: targets", goals(results), "not asked for")
 
 
 def _note(record: Record) -> str:
@@ -131,7 +123,7 @@ def generate_table(results: Results, model: str) -> Table:
 
 def tables(results: Results) -> list[Table]:
     """All that have something to show."""
-    found = [goal_table(results)]
+    found = [targets(results)]
     for model in results["models"]:
         found += [make(results, model) for make in (train_table, prefill_table, generate_table)]
     return [table for table in found if table.rows]

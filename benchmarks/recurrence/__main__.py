@@ -19,10 +19,10 @@ from benchmarks.recurrence.limits import failures
 from benchmarks.recurrence.runs import FULL, QUICK, run
 from benchmarks.recurrence.tables import (
     evaluation_table,
-    goal_table,
     memory_table,
     summary_lines,
     tables,
+    targets,
     time_table,
 )
 from benchmarks.report import replace_block, source_line
@@ -59,7 +59,7 @@ def update_docs(results: dict[str, Any], result: Path) -> None:
             source,
         ],
     )
-    goals = goal_table(results)
+    goals = targets(results)
     replace_block(
         ROOT / "README.md",
         "recurrence",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.gpu.targets import Goal
+from benchmarks.goals import Goal
 
 __all__ = ["failures", "goals", "growth", "memory_of", "rounds_of", "seconds_of"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rmt_kernels import RecurrentMemory, SegmentLayout, segment_attention
 
-__all__ = ["Backbone", "Layer", "Sizes", "Subject", "Weights"]
+__all__ = ["Backbone", "Layer", "Learner", "Sizes", "Subject", "Weights"]
 
 IGNORED = -100  # the label of a row without one, cross entropy's default
 _POSITIONS = 1024  # GPT-2's
@@ -114,7 +114,25 @@ class Weights(nn.Module):
         return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum"), memory
 
 
-class Subject:
+class Learner:
+    """What has parameters."""
+
+    parameters: dict[str, nn.Parameter]
+
+    def forget_gradients(self) -> None:
+        """As an optimizer does between steps."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Copies of all gradients by name, zeros where a parameter has none."""
+        return {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
+            for name, p in self.parameters.items()
+        }
+
+
+class Subject(Learner):
     """One model on one device, the same weights for every contestant.
 
     Args:
@@ -173,15 +191,3 @@ class Subject:
         )  # fmt: skip
         model.initial_memory = weights.start
         return model
-
-    def forget_gradients(self) -> None:
-        """As an optimizer does between steps."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Copies of all gradients by name, zeros where a parameter has none."""
-        return {
-            name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
-            for name, p in self.parameters.items()
-        }

@@ -4,34 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.gpu.targets import Goal
+from benchmarks.goals import goal_table
 from benchmarks.recurrence.limits import failures, goals, growth, memory_of, rounds_of, seconds_of
 from benchmarks.tables import Table
 
-__all__ = ["evaluation_table", "goal_table", "memory_table", "summary_lines", "tables", "time_table"]
+__all__ = ["evaluation_table", "memory_table", "summary_lines", "tables", "targets", "time_table"]
 
 Results = dict[str, Any]
 _PARTS = ("again", "forward", "attention")  # of the time section, no contestants
 
 
-def _value(goal: Goal, value: float) -> str:
-    if goal.unit == "x":
-        return f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
-    return f"{value:.2f}{goal.unit}" if goal.bound < 10 else f"{value:.1f}{goal.unit}"
-
-
-def goal_table(results: Results) -> Table:
+def targets(results: Results) -> Table:
     """Each target, what was measured, and whether it is reached."""
-    rows = []
-    for goal in goals(results):
-        for case, value in goal.values.items():
-            verdict = "not measured" if value is None else "reached" if goal.met(value) else "missed"
-            rows.append([
-                goal.what, case, "-" if value is None else _value(goal, value),
-                f"{'≤' if goal.at_most else '≥'} {_value(goal, goal.bound)}",
-                "not yet" if goal.optional and verdict == "missed" else verdict,
-            ])  # fmt: skip
-    return Table("Training through many segments: targets", ["what", "of", "measured", "wanted", ""], rows)
+    return goal_table("Training through many segments: targets", goals(results), "not yet")
 
 
 def _labels(results: Results) -> dict[str, str]:
@@ -112,7 +97,7 @@ def evaluation_table(results: Results) -> Table:
 
 def tables(results: Results) -> list[Table]:
     """All that have something to show."""
-    found = [goal_table(results), memory_table(results), time_table(results), evaluation_table(results)]
+    found = [targets(results), memory_table(results), time_table(results), evaluation_table(results)]
     return [table for table in found if table.rows]
 
 
