@@ -128,7 +128,7 @@ def _bench(arguments: Sequence[str]) -> int:
     ]
     if missing:
         print(
-            f"rmt_kernels: the benchmarks need {', '.join(missing)}: pip install 'rmt_kernels[bench]'", file=sys.stderr
+            f"rmt_kernels: the benchmarks need {', '.join(missing)}: pip install {' '.join(missing)}", file=sys.stderr
         )
         return 2
     return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=_CHECKOUT, check=False).returncode

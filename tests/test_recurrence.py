@@ -512,7 +512,7 @@ def made(**options: Any) -> RecurrentMemory:
         ({"prefix": torch.zeros(2)}, ValueError, r"prefix must be .* got torch.float32 \(2,\)"),
         ({"prefix": [1], "embed": None, "width": 8}, ValueError, "prefix must be .*; token numbers need embed="),
         ({"bptt": 0}, ValueError, "bptt must be at least 1 segment, got 0"),
-        ({"bptt": "none"}, TypeError, r"bptt must be 'full', the number of segments .* got 'none'"),
+        ({"bptt": "none"}, TypeError, r"bptt must be 'full', 'replay', the number of segments .* got 'none'"),
         ({"bptt": True}, TypeError, "bptt must be 'full', .* got True"),
         ({"bptt": None}, TypeError, "bptt must be 'full', .* got None"),
         ({"loss": 3}, TypeError, "loss must be TokenLoss, SampleLoss or a function, got int"),

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import peak_bytes
 from rmt_kernels import RecurrentMemory, Replay, Truncate, replay_step
@@ -223,7 +224,8 @@ def test_backward_twice_adds_up() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 4, 10])
-def test_dropout_in_the_head_is_one_draw(rows: int, way: str) -> None:
+@pytest.mark.usefixtures("way")
+def test_dropout_in_the_head_is_one_draw(rows: int) -> None:
     """The gradient belongs to the value: masks are noted, and put into a loss without random numbers."""
 
     class Masked(nn.Module):
@@ -244,10 +246,7 @@ def test_dropout_in_the_head_is_one_draw(rows: int, way: str) -> None:
     parameters = [hidden, *head.parameters()]
     found = torch.autograd.grad(value, parameters)
     assert torch.equal(generator_state(), after), "backward has moved the random state"
-    if way == "in backward":
-        assert all(torch.equal(a, b) for a, b in zip(head.masks[:pieces], head.masks[pieces:], strict=True))
-    else:
-        assert len(head.masks) == pieces
+    assert all(torch.equal(a, b) for a, b in zip(head.masks[:pieces], head.masks[pieces:], strict=True))
     mask = torch.cat(head.masks[:pieces])
     plain = summed(head.linear(hidden * mask), LABELS)
     close([value, *found], [plain, *torch.autograd.grad(plain, parameters)])
@@ -321,7 +320,8 @@ def test_second_derivatives_are_refused() -> None:
         (torch.autograd.grad(value, hidden, create_graph=True)[0] * hidden).sum().backward()
 
 
-def test_autocast_of_the_forward_pass_holds_in_backward(way: str) -> None:
+@pytest.mark.usefixtures("way")
+def test_autocast_of_the_forward_pass_holds_in_backward() -> None:
     head = nn.Linear(WIDTH, VOCABULARY)
     recorder: list[torch.dtype] = []
     head.register_forward_hook(lambda module, args, out: recorder.append(out.dtype))
@@ -330,7 +330,7 @@ def test_autocast_of_the_forward_pass_holds_in_backward(way: str) -> None:
         value = chunked(lambda x, y: summed(x.float(), y), head, hidden, LABELS, torch.ones(()), 4)
     assert value.dtype is torch.float32
     value.backward()
-    assert recorder == [torch.bfloat16] * (6 if way == "in backward" else 3)
+    assert recorder == [torch.bfloat16] * 6
     assert hidden.grad is not None
     assert hidden.grad.dtype is torch.float32
 
@@ -382,64 +382,138 @@ def test_the_head_never_sees_more_rows_than_a_chunk(rows: int) -> None:
 
 
 def test_the_head_is_run_no_more_often_than_needed() -> None:
-    """Once in the driver and for segments that are kept, if one factor weighs them; else twice under autograd, whatever
-    is recomputed; not at all for a loss known to be 0."""
+    """Twice under autograd, whatever is recomputed; once in the driver; not at all for a loss known to be 0."""
     ids = numbers(2, 4 * SEGMENT)
-    for bptt, kept in (("full", 4), (Replay(keep=0), 0), (Replay(keep=2), 2)):
+    for bptt in ("full", Replay(keep=0), Replay(keep=2)):
         for weights, tokens in (("tokens", ids.numel()), ("last", 2 * SEGMENT), ([0, 1, 0, 2], 4 * SEGMENT)):
             model = tiny(loss=TokenLoss(rows=3, weights=weights), bptt=bptt)
             assert model.head is not None
             model.head = recorder = Recorder(model.head)
             model(ids, labels=ids).loss.backward()
-            once = min(tokens, kept * 2 * SEGMENT) if isinstance(weights, str) else 0
-            assert sum(recorder.rows) == 2 * tokens - once
+            assert sum(recorder.rows) == 2 * tokens
             recorder.rows.clear()
             if isinstance(bptt, Replay):
                 replay_step(model, ids, labels=ids)
                 assert sum(recorder.rows) == tokens
 
 
-class Counted(nn.Embedding):
-    """An embedding that is more than a table."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input)
-
-
 @pytest.mark.parametrize("align", ["left", "right"])
-@pytest.mark.parametrize("bptt", ["full", 2, Replay(keep=3)], ids=["full", "truncated", "replay"])
-def test_tokens_of_kept_segments_are_embedded_at_once(align: str, bptt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the embedding is a plain table; the same memories and gradients either way."""
-    calls: list[torch.Size] = []
-    plain = F.embedding
+@pytest.mark.parametrize(("bptt", "once"), [
+    ("full", 4), (2, 4), (Replay(), 0), (Replay(keep=0), 0), (Replay(keep=3), 3),
+])  # fmt: skip
+def test_logits_of_kept_segments_are_computed_once(
+    align: str, bptt: Any, once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the head is plain and the loss is cross entropy with one factor."""
+    rows: list[int] = []
 
-    def noted(numbers: Tensor, *args: Any, **others: Any) -> Tensor:
-        calls.append(numbers.shape)
-        return plain(numbers, *args, **others)
+    def noted(logits: Tensor, labels: Tensor, **others: Any) -> Tensor:
+        rows.append(len(logits))
+        return plain(logits, labels, **others)
 
-    ids, found = numbers(2, 4 * SEGMENT - 3), []
-    for kind in (nn.Embedding, Counted):
-        model = tiny(dropout=0, align=align, bptt=bptt)
-        assert isinstance(model.embed, nn.Embedding)
-        table = kind(*model.embed.weight.shape).to(F64)
-        table.weight = model.embed.weight
-        model.embed = table
+    plain, ids = F.cross_entropy, numbers(2, 4 * SEGMENT - 2)
+    model = tiny(loss=TokenLoss(rows=3), bptt=bptt, align=align)
+    torch.manual_seed(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "cross_entropy", noted)
+        loss = model(ids, labels=ids).loss
+        (3 * loss).backward(retain_graph=True)
+    assert sum(rows) == 2 * SEGMENT * (2 * 4 - once)
+    found = gradients(model)
+    torch.manual_seed(5)
+    model.zero_grad()
+    # A function of the caller's is taken segment by segment.
+    model.loss = TokenLoss(lambda x, y: plain(x, y, ignore_index=-100, reduction="none"), rows=3, shift=True)
+    apart = model(ids, labels=ids).loss
+    (3 * apart).backward()
+    assert loss.item() == pytest.approx(apart.item(), rel=1e-12)
+    assert largest_difference(found, gradients(model)) < 1e-12
+    model.zero_grad()
+    loss.backward()  # again: what was handed out is computed now
+    assert largest_difference({name: 3 * grad for name, grad in gradients(model).items()}, found) < 1e-12
+
+
+def test_small_gradients_are_not_lost_in_narrow_weights() -> None:
+    """Hundreds of chunks: added up one by one in bfloat16, the later ones change nothing any more."""
+    torch.manual_seed(0)
+    head = nn.Linear(WIDTH, 50).bfloat16()
+    hidden = (1 + 0.1 * torch.randn(8192, WIDTH)).bfloat16()
+    labels = torch.zeros(8192, dtype=torch.int64)
+    for context in (nullcontext(), gradients_at_once()):
+        with context:
+            value = chunked(lambda x, y: summed(x.float(), y), head, hidden, labels, torch.tensor(1 / 8192), 16)
+        found = torch.autograd.grad(value, list(head.parameters()))
+        exact = copy.deepcopy(head).double()
+        wanted = torch.autograd.grad(summed(exact(hidden.double()), labels) / 8192, list(exact.parameters()))
+        for a, b in zip(found, wanted, strict=True):
+            assert float((a - b).norm()) < 0.02 * float(b.norm())
+
+
+@pytest.mark.parametrize("bptt", ["full", Replay(), Replay(keep=2)], ids=["full", "replay", "keep 2"])
+def test_a_checkpoint_around_the_model(bptt: Any) -> None:
+    """Its hooks are for the model's own graph: one run more, and not one for each chunk."""
+    model, ids, found, calls = tiny(loss=TokenLoss(rows=3), bptt=bptt), numbers(2, 4 * SEGMENT), [], []
+    model.backbone.register_forward_hook(lambda *_: calls.append(1))
+    for around in (False, True):
+        torch.manual_seed(5)
+        model.zero_grad()
         calls.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(F, "embedding", noted)
-            out = model(ids, labels=ids)
-        kept = 3 if isinstance(bptt, Replay) else 4
-        sizes = [tuple(shape) for shape in calls]
-        if kind is nn.Embedding:
-            assert sizes.count((kept, 2, SEGMENT)) == 1
-            assert len(sizes) == 1 + 4 - kept
-        else:
-            assert sizes == [(2, SEGMENT)] * 4
-        out.loss.backward()
-        found.append((out, gradients(model)))
-    (a, grads), (b, others) = found
-    assert torch.equal(a.memory, b.memory)
-    assert largest_difference(grads, others) < 1e-12
+
+        def run(given: Tensor) -> Tensor:
+            loss: Tensor | None = model(given, labels=given).loss
+            assert loss is not None
+            return loss
+
+        loss = checkpoint(run, ids, use_reentrant=False) if around else run(ids)
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        found.append((loss.item(), gradients(model), len(calls)))
+    assert found[0][0] == found[1][0]
+    assert largest_difference(found[1][1], found[0][1]) < 1e-12
+    assert found[1][2] <= found[0][2] + 8
+
+
+def test_a_segment_in_one_chunk_is_differentiable_twice() -> None:
+    model, ids = tiny(dropout=0, loss=TokenLoss(rows=2 * SEGMENT)), numbers(2, 3 * SEGMENT)
+    loss = model(ids, labels=ids).loss
+    (grad,) = torch.autograd.grad(loss, model.initial_memory, create_graph=True)
+    grad.square().sum().backward()
+    assert model.head is not None
+    assert float(model.head.weight.grad.norm()) > 0  # type: ignore[union-attr, operator]
+
+
+def test_a_head_that_draws_without_a_module_draws_the_same_under_every_policy() -> None:
+    class Dropping(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.dropout(x, 0.5))
+
+    ids, losses = numbers(2, 4 * SEGMENT), set()
+    for bptt in ("full", Replay(), Replay(keep=2), Replay(keep=0)):
+        torch.manual_seed(1)
+        head = Dropping(WIDTH, VOCABULARY)
+        model = tiny(dropout=0, bptt=bptt, head=head, loss=TokenLoss(rows=3))
+        torch.manual_seed(2)
+        losses.add(round(model(ids, labels=ids).loss.item(), 10))
+    assert len(losses) == 1
+
+
+def test_without_gradients_of_the_backbone_rows_are_not_kept() -> None:
+    """A frozen backbone: the memory taken does not grow with the number of segments."""
+    found = []
+    for segments in (8, 32):
+        model = RecurrentMemory(
+            Through(), memory=1, segment=256, embed=nn.Embedding(400, 16).requires_grad_(False), own_mask=True,
+            head=nn.Linear(16, 400), loss=TokenLoss(rows=64),
+        )  # fmt: skip
+        model.initial_memory.requires_grad_(False)
+        ids = torch.randint(400, (1, 256 * segments))
+
+        def run(model: RecurrentMemory = model, ids: Tensor = ids) -> object:
+            model(ids, labels=ids)
+            return None
+
+        found.append(peak_bytes(run))
+    assert found[1] - found[0] < 1.5 * 24 * 256 * 16 * 4  # the rows that the losses' own graph keeps
 
 
 class Through(nn.Module):

@@ -1,6 +1,7 @@
 """Fine-tune a decoder to answer questions about long texts, with transformers.Trainer, on more and more segments.
 
 python examples/huggingface/finetune_decoder.py             # a small GPT-2, random weights, minutes on a CPU
+torchrun --nproc-per-node 2 examples/huggingface/finetune_decoder.py   # DistributedDataParallel
 python examples/huggingface/finetune_decoder.py --base gpt2 --segment 512 --memory 16 --batch 4 --bf16
 """
 

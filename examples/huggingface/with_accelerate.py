@@ -2,6 +2,7 @@
 
 accelerate launch examples/huggingface/with_accelerate.py --accumulate 2
 accelerate launch --cpu --num_processes 1 examples/huggingface/with_accelerate.py --bf16
+ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/huggingface/with_accelerate.py   # without a GPU
 """
 
 from __future__ import annotations

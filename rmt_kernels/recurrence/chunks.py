@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from rmt_kernels.recurrence.randomness import RandomState
 
-__all__ = ["chunked", "gradients_at_once", "without_value"]
+__all__ = ["chunked", "gradients_at_once", "is_plain", "rows_of_a_chunk", "without_value"]
 
 Head = Callable[[Tensor], Tensor] | None
 Total = Callable[[Tensor, Tensor], Tensor]
 _ENTRIES = {"cpu": 2**22}  # logits of a chunk, in float32 16 MiB; elsewhere larger ones are faster
+_GROUP = 8  # chunks whose gradients are added up in a narrow weight's dtype; groups are added up in float32
 _local = threading.local()
 
 
@@ -46,9 +47,9 @@ def without_value(report: Tensor | None = None) -> Iterator[None]:
 def gradients_at_once() -> Iterator[None]:
     """In this thread, the forward pass of chunked losses computes their gradients, and holds them for backward.
 
-    Spares a third of the head's products where backward would compute the logits again, and holds a gradient of the
-    head's weight for each loss: for one loss a step. Without effect for logits in float16, whose gradients need the
-    factor that backward brings.
+    Spares a quarter of the head's products, those that compute the logits again in backward, and holds a gradient of
+    the head's weight for each loss: for one loss a step. Without effect where the head is more than an ``nn.Linear``,
+    where the loss learns, and in float16, whose gradients need the factor that backward brings.
     """
     before = getattr(_local, "at_once", False)
     _local.at_once = True
@@ -77,9 +78,7 @@ def chunked(
         learned: to whose parameters gradients flow too: what ``total`` learns.
         rows: of a chunk. None: as many as make 4 Mi logits (16 Mi away from the CPU), at least 16.
     """
-    if rows is None:
-        limit = _ENTRIES.get(hidden.device.type, 2**24)
-        rows = max(16, limit // _width(head, hidden) // 16 * 16)
+    rows = rows_of_a_chunk(head, hidden, rows)
     if len(hidden) <= rows:
         return total(hidden if head is None else head(hidden), labels) * factor
     modules = [module for module in (head, learned) if isinstance(module, nn.Module)]
@@ -95,6 +94,14 @@ def chunked(
         wanted, report, at_once = True, None, False  # no backward pass will follow that could report the value
     plan = _Plan(total, head, learned, rows, tuple(weights), _autocast(hidden), wanted, report, at_once)
     return _Chunked.apply(plan, hidden, labels, factor, *weights)  # type: ignore[no-any-return]
+
+
+def rows_of_a_chunk(head: Head, hidden: Tensor, rows: int | None) -> int:
+    """``rows``, or how many :func:`chunked` takes where it is None."""
+    if rows is not None:
+        return rows
+    limit = _ENTRIES.get(hidden.device.type, 2**24)
+    return max(16, limit // _width(head, hidden) // 16 * 16)
 
 
 def _width(head: Head, hidden: Tensor) -> int:
@@ -138,7 +145,8 @@ class _Chunked(torch.autograd.Function):
         ctx.save_for_backward(hidden, labels, factor, *state)
         linear = _plain_linear(plan.head, hidden, plan.autocast)
         ctx.found = None
-        if plan.at_once and torch.float16 not in (hidden.dtype, plan.autocast[1] if plan.autocast[2] else None):
+        alone = linear is not None and linear.weight.dtype is not torch.float16 and plan.learned is None
+        if plan.at_once and alone:
             sweep = _Sweep(plan, factor, ctx.needs_input_grad[1])
             value, grad_hidden = sweep.through_all(linear, hidden, labels)
             ctx.found = grad_hidden, sweep.grads
@@ -182,8 +190,16 @@ def _scale(found: list[Tensor | None], grad: Tensor) -> None:
     """In place, and not at all where it can be seen that ``grad`` is 1."""
     if grad.device.type == "cpu" and grad.item() == 1:
         return
-    for tensor in {id(tensor): tensor for tensor in found if tensor is not None}.values():  # two weights may share one
-        tensor.mul_(grad)
+    for tensor in found:
+        if tensor is not None:
+            tensor.mul_(grad)
+
+
+def is_plain(head: Head) -> bool:
+    """Whether a head is nothing but an ``nn.Linear``."""
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        return False
+    return not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
 
 
 def _callable(head: Head) -> Callable[[Tensor], Tensor]:
@@ -203,10 +219,9 @@ class _Linear:
 
 def _plain_linear(head: Head, hidden: Tensor, autocast: Autocast) -> _Linear | None:
     """The head as one product, where it is nothing but that: its weights are cast once for all chunks."""
-    if type(head) is not nn.Linear or "forward" in vars(head):
+    if not is_plain(head):
         return None
-    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks:
-        return None
+    assert isinstance(head, nn.Linear)
     dtype = autocast[1] if autocast[2] and hidden.dtype is not torch.float64 else head.weight.dtype
     return _Linear(head.weight.detach().to(dtype), None if head.bias is None else head.bias.detach().to(dtype))
 
@@ -217,6 +232,7 @@ class _Sweep:
     def __init__(self, plan: _Plan, seed: Tensor, hidden_asked: bool) -> None:
         self.plan, self.seed, self.hidden_asked = plan, seed, hidden_asked
         self.grads: list[Tensor | None] = [None] * len(plan.weights)
+        self._groups: list[Tensor | None] = [None] * len(plan.weights)
         self._checked = False
 
     def through_all(self, linear: _Linear | None, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -225,16 +241,39 @@ class _Sweep:
             linear = None  # a loss that learns may use the head's weights too
         grad_hidden = torch.empty_like(hidden) if self.hidden_asked else None
         value = self.seed.new_zeros(())
-        for first in range(0, len(hidden), self.plan.rows):
-            part = slice(first, first + self.plan.rows)
-            if linear is None:
-                loss, found = self.through(hidden[part], labels[part])
-            else:
-                loss, found = self.through_linear(linear, hidden[part], labels[part])
-            if grad_hidden is not None:
-                grad_hidden[part] = 0 if found is None else found
-            value = value + loss
+        # The hooks of a checkpoint around all of this are not for what begins and ends in here.
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            for chunk, first in enumerate(range(0, len(hidden), self.plan.rows)):
+                if chunk and chunk % _GROUP == 0:
+                    self._close_group()
+                part = slice(first, first + self.plan.rows)
+                if linear is None:
+                    loss, found = self.through(hidden[part], labels[part])
+                else:
+                    loss, found = self.through_linear(linear, hidden[part], labels[part])
+                if grad_hidden is not None:
+                    grad_hidden[part] = 0 if found is None else found
+                value = value + loss
+        if any(group is not None for group in self._groups):
+            self._close_group()
+            for i, group in enumerate(self._groups):
+                if group is not None:
+                    self.grads[i] = group.to(self.plan.weights[i].dtype)
+                    self._groups[i] = None
         return value, grad_hidden
+
+    def _close_group(self) -> None:
+        """Add the gradients of narrow weights, so far, to sums in float32, in which small ones are not lost."""
+        for i, grad in enumerate(self.grads):
+            if grad is not None and grad.dtype in (torch.bfloat16, torch.float16):
+                group = self._groups[i]
+                if group is None:
+                    self._groups[i] = grad.float()
+                else:  # in parts, each of which the processor casts
+                    rows = max(1, _ENTRIES["cpu"] // grad[0].numel())
+                    for total, part in zip(group.split(rows), grad.split(rows), strict=True):
+                        total.add_(part)
+                self.grads[i] = None
 
     def _loss(self, logits: Callable[[], Tensor], labels: Tensor) -> Tensor:
         kind, dtype, enabled = self.plan.autocast

@@ -127,18 +127,19 @@ def resolve(bptt: Any) -> Policy:
     """The policy that ``bptt=`` names.
 
     Raises:
-        TypeError, ValueError: not one of ``"full"``, an int >= 1, Truncate, Replay.
+        TypeError, ValueError: not one of ``"full"``, ``"replay"`` (``Replay()``), an int >= 1, Truncate, Replay.
     """
     if isinstance(bptt, (_Full, Truncate, Replay)):
         return bptt
-    if isinstance(bptt, str) and bptt == "full":
-        return _Full()
+    if isinstance(bptt, str) and bptt in ("full", "replay"):
+        return _Full() if bptt == "full" else Replay()
     if isinstance(bptt, int) and not isinstance(bptt, bool):
         if bptt < 1:
             raise ValueError(f"bptt must be at least 1 segment, got {bptt}")
         return Truncate(bptt)
     raise TypeError(
-        f"bptt must be 'full', the number of segments to go back through, Truncate(...) or Replay(...), got {bptt!r}"
+        "bptt must be 'full', 'replay', the number of segments to go back through, Truncate(...) or Replay(...), got "
+        f"{bptt!r}"
     )
 
 
@@ -151,7 +152,7 @@ def to_plain(bptt: Any) -> Any:
 
 def from_plain(bptt: Any) -> Any:
     """The inverse of :func:`to_plain`; ``"replay"`` is ``Replay()``."""
-    if bptt == "replay":
+    if isinstance(bptt, str) and bptt == "replay":
         return Replay()
     if isinstance(bptt, Mapping):
         if set(bptt) == {"truncate"}:

@@ -40,7 +40,7 @@ class RecurrentOutput(NamedTuple):
 class SegmentCall:
     """All that one segment reads but its memory: tensors, whose shapes are the same for every segment."""
 
-    inputs: Tensor  # (batch, segment), or (batch, segment, width) where they are rows or have been embedded
+    inputs: Tensor  # (batch, segment) or (batch, segment, width)
     counts: Tensor | None  # int32 (batch,), tokens of each sample; None: the segment is full
     targets: tuple[Tensor, ...] | None  # of the loss; None: the segment has none
     factor: Tensor | None  # 0-dim
@@ -115,7 +115,8 @@ class RecurrentMemory(nn.Module):
         memory: M, the number of memory rows, drawn from a normal distribution with the standard deviation of the
             embedding's weights; or the rows, (M, width), to start from. They are trained, as ``initial_memory``.
         segment: tokens of a segment.
-        bptt: ``"full"``; k, the number of last segments that stay connected; :class:`Truncate`; :class:`Replay`.
+        bptt: ``"full"``; ``"replay"``, which is ``Replay()``; k, the number of last segments that stay connected;
+            :class:`Truncate`; :class:`Replay`.
         layout: of a segment, or a function ``(tokens, memory) -> SegmentLayout``. None: ``SegmentLayout.rmt_decoder``.
         embed: token numbers (batch, n) to (batch, n, width). None: inputs are embeddings.
         head: hidden rows (n, width) to logits (n, classes). None: the loss is given hidden rows.
@@ -297,12 +298,10 @@ class RecurrentMemory(nn.Module):
                 self.refuse_wrapped_parts()
                 kept = self.kept(batch, self.bptt, lambda call: self._segment(call, entering, ""))
                 first = batch.count - kept
-            window = Window(self, batch, first)
+            window = Window(self, batch)
 
             def cell(s: int, entering: Tensor) -> tuple[Tensor | None, Tensor, Any]:
-                if s < first:
-                    return self._segment(batch.call(s), entering, f"segment {s}")
-                return self._segment(window.call(s), entering, f"segment {s}", lambda rows: window.take(s, rows))
+                return self._segment(batch.call(s), entering, f"segment {s}", None if s < first else window)
 
             order = bar(batch.count, progress)
             loss, memory, pieces = run(cell, entering, batch.count, self.bptt, kept, order, self._cut)
@@ -493,12 +492,12 @@ class RecurrentMemory(nn.Module):
         return RecurrentOutput(total, memory, tuple(pieces))  # type: ignore[arg-type]
 
     def _segment(
-        self, call: SegmentCall, memory: Tensor, name: str, take: Callable[[Tensor], None] | None = None
+        self, call: SegmentCall, memory: Tensor, name: str, window: Window | None = None
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """One segment: its share of the loss, the memory that leaves it, and what was asked for. ``take`` is given the
-        hidden rows of TOKENS."""
+        """One segment: its share of the loss (None: it has none, or ``window`` has it), the memory that leaves it, and
+        what was asked for."""
         with self._steady(call.inputs.device.type):
-            return self._one(call, memory, name, take)
+            return self._one(call, memory, name, window)
 
     @staticmethod
     def _steady(kind: str) -> AbstractContextManager[Any]:
@@ -509,11 +508,11 @@ class RecurrentMemory(nn.Module):
         return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
 
     def _one(
-        self, call: SegmentCall, memory: Tensor, name: str, take: Callable[[Tensor], None] | None
+        self, call: SegmentCall, memory: Tensor, name: str, window: Window | None
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         layout, counts = call.layout, call.counts
         if self.embed is not None:
-            tokens = call.inputs if call.inputs.is_floating_point() else self.embed(call.inputs)
+            tokens = self.embed(call.inputs)
         elif counts is None:
             tokens = call.inputs
         else:  # whatever padding holds, 0 is what gradients may be multiplied with
@@ -556,11 +555,9 @@ class RecurrentMemory(nn.Module):
             assert self.head is not None
             assert isinstance(self.loss, SampleLoss)
             output = self.head(self.loss.chosen(middle, full))
-        if take is not None:
-            take(middle)
         # Last, for a pass that recomputes a segment leaves it out, with the random numbers that a head may draw.
         loss = None
-        if call.targets is not None:
+        if call.targets is not None and (window is None or not window.take(call, middle)):
             assert call.factor is not None
             loss = self.loss.of_segment(middle, call.targets, full, self.head, call.factor)
         return loss, new, output

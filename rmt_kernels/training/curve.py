@@ -23,7 +23,7 @@ def need_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ImportError(
-            "the picture of a run needs matplotlib: pip install 'rmt_kernels[train]', or leave it out with --no-picture"
+            "the picture of a run needs matplotlib: pip install matplotlib, or leave it out with --no-picture"
         ) from None
 
 

@@ -50,13 +50,13 @@ class Transitions(NamedTuple):
         try:
             gymnasium: Any = importlib.import_module("gymnasium")
         except ImportError as error:
-            raise ImportError("the Taxi task needs gymnasium >= 1.3: pip install 'rmt_kernels[taxi]'") from error
+            raise ImportError("the Taxi task needs gymnasium >= 1.3: pip install 'gymnasium>=1.3'") from error
         try:
             world: Any = gymnasium.make("Taxi-v4").unwrapped
         except gymnasium.error.Error as error:
             found = gymnasium.__version__
             raise ImportError(
-                f"the Taxi task needs gymnasium >= 1.3 for Taxi-v4, found {found}: pip install 'rmt_kernels[taxi]'"
+                f"the Taxi task needs gymnasium >= 1.3 for Taxi-v4, found {found}: pip install 'gymnasium>=1.3'"
             ) from error
         rows = [[world.P[state][action][0] for action in range(ACTIONS)] for state in range(len(world.P))]
         column = [torch.tensor([[entry[i] for entry in row] for row in rows]) for i in (1, 2, 3)]

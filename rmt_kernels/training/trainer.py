@@ -359,5 +359,5 @@ def _bar(steps: int, first: int) -> Any:
     try:
         from tqdm.auto import tqdm
     except ImportError:
-        raise ImportError("a progress bar needs tqdm: pip install 'rmt_kernels[train]'") from None
+        raise ImportError("a progress bar needs tqdm: pip install tqdm") from None
     return tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=None if steps else True)

@@ -5,7 +5,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "rmt_kernels.integrations.transformers needs transformers 4.57 or later: pip install "
-        "'rmt_kernels[transformers]'"
+        "'transformers>=4.57' safetensors"
     ) from error
 if tuple(int(part) for part in _transformers.__version__.split(".")[:2]) < (4, 57):
     raise ImportError(

@@ -18,6 +18,12 @@ def in_one_kernel(base: nn.Module) -> None:
     where PyTorch's keeps the input: three fifths of the activations of a GPT-2.
     """
     for part in list(base.modules()):
-        for name, child in part.named_children():
-            if type(child) in _TANH_GELU and "forward" not in vars(child):
-                setattr(part, name, nn.GELU(approximate="tanh"))
+        for name, child in list(part._modules.items()):
+            if child is not None and type(child) in _TANH_GELU and not _altered(child):
+                setattr(part, name, nn.GELU(approximate="tanh").train(child.training))
+
+
+def _altered(part: nn.Module) -> bool:
+    """Whether somebody has hung something on it."""
+    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+    return "forward" in vars(part) or any(hooks)

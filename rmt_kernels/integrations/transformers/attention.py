@@ -113,7 +113,15 @@ def attend(
     layout, lengths, starts, start = rmt_layout, rmt_lengths, rmt_starts, rmt_query_start
     if layout is None:
         if mask is None or mask.layout is None:
+            if mask is not None and mask.missing.startswith("config.rmt_memory says"):
+                raise ValueError(f"{type(module).__name__}: {mask.missing}")
             why = "" if mask is None else f" ({mask.missing})"
+            if getattr(getattr(module, "config", None), "_attn_implementation", None) == EXPLICIT:
+                raise ValueError(
+                    f"{type(module).__name__}: no rmt_layout= has reached this layer; give it to the model's call, or "
+                    "call the RMT model that this one is part of. Where it was given, this model of transformers does "
+                    "not hand keywords on to its attention, and can't be served"
+                )
             raise ValueError(
                 f"{type(module).__name__}: nothing says which rows are memory{why}; set config.rmt_memory to the "
                 "number of memory rows, or give rmt_layout= to the model's call"
@@ -146,13 +154,18 @@ def attend(
 
 def _refuse(module: nn.Module, others: dict[str, Any], keys: int) -> None:
     """Raise ValueError where the layer asks for what segment attention has not."""
-    window = others.get("sliding_window")
+    window, config = others.get("sliding_window"), getattr(module, "config", None)
+    kinds, number = getattr(config, "layer_types", None) or [], getattr(module, "layer_idx", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    if number is None or number >= len(kinds) or kinds[number] != "chunked_attention":
+        chunk = None
     asked = [
         name
         for name, wanted in (
             ("a soft cap on the scores (softcap)", others.get("softcap") is not None),
             ("attention sinks (s_aux)", others.get("s_aux") is not None),
             (f"a sliding window of {window}", window is not None and isinstance(window, int) and window < keys),
+            (f"attention in chunks of {chunk}", chunk is not None and chunk < keys),
             ("a bias on the scores (position_bias)", others.get("position_bias") is not None),
             ("a mask of heads (head_mask)", others.get("head_mask") is not None),
             ("attention weights (output_attentions)", bool(others.get("output_attentions"))),

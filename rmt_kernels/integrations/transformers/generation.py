@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rmt_kernels.integrations.transformers.config import RMTConfig
 from rmt_kernels.integrations.transformers.modeling import (
@@ -33,6 +34,7 @@ from rmt_kernels.layout import Region, SegmentLayout
 __all__ = ["RMTForCausalLM"]
 
 _FORMAT = "rmt_kernels memory"
+_SAMPLED = 1024  # numbers of a parameter that tell whether it is the same
 # Arguments of ``generate`` that can't work across segments, and what to do.
 _REFUSED = {
     "assistant_model": "drafts of an assistant are taken back in part, and a memory can't be",
@@ -43,6 +45,9 @@ _REFUSED = {
     "cache_config": "the cache of a segment is the model's own",
     "inputs_embeds": "segments are cut from token numbers; give input_ids",
     "prefill_chunk_size": "the prompt is read segment by segment anyway",
+    "guidance_scale": "the text without a prompt would need a memory of its own",
+    "output_attentions": "attention is not kept; rmt_kernels.maps recomputes it",
+    "output_hidden_states": "hidden states are not kept",
     "low_memory": "the memory of generation is constant anyway",
 }
 
@@ -66,10 +71,6 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if sees_both_ways(self._decoder):
             raise ValueError(f"{type(self.model).__name__} is an encoder; use RMTForMaskedLM")
         return decoder_layout(config)
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """The base model's."""
-        self.model.set_output_embeddings(new_embeddings)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
@@ -169,11 +170,13 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):  # type: ignore[misc]
         )
 
     def _digest(self) -> str:
-        """Of the memory's start and of a few embeddings: training moves them."""
-        rows = [self.initial_memory.detach(), self.get_input_embeddings().weight.detach()[:16]]
+        """Of some numbers of every parameter."""
         found = hashlib.sha256()
-        for row in rows:
-            found.update(row.float().cpu().contiguous().numpy().tobytes())
+        for name, parameter in sorted(self.named_parameters()):
+            flat = parameter.detach().flatten()
+            if flat.device.type != "meta":  # elsewhere, as accelerate leaves them
+                some = flat[:: max(1, len(flat) // _SAMPLED)].float().cpu().numpy()
+                found.update(name.encode() + some.tobytes())
         return found.hexdigest()
 
     # -- generation ----------------------------------------------------------------------------------------------------
@@ -191,13 +194,21 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):  # type: ignore[misc]
         Raises:
             ValueError: an argument that can't work across segments.
         """
-        config = kwargs.get("generation_config")
+        config = kwargs.get("generation_config", next((a for a in args if isinstance(a, GenerationConfig)), None))
+        config = self.generation_config if config is None else config
         for name, why in _REFUSED.items():
-            asked = kwargs.get(name, None if config is None else getattr(config, name, None))
-            if asked is not None and asked is not False:
+            asked = kwargs.get(name, getattr(config, name, None))
+            if asked is not None and asked is not False and not (name == "guidance_scale" and asked == 1):
                 raise ValueError(f"generate: {name} can't be used across segments: {why}")
-        if kwargs.get("use_cache") is False:
+        if kwargs.get("use_cache", config.use_cache) is False:
             raise ValueError("generate: use_cache=False would read everything again for each token; leave it out")
+        if self.training and any(getattr(part, "gradient_checkpointing", False) for part in self.modules()):
+            raise ValueError(
+                "generate: gradient checkpointing keeps no cache in training mode; call model.eval() first"
+            )
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        if memory is not None and prompt is not None and memory.dim() == 3 and len(memory) not in (1, len(prompt)):
+            raise ValueError(f"generate: memory is of {len(memory)} samples, and the prompt has {len(prompt)}")
         state = kwargs.pop("past_key_values", None)
         if state is None:
             state = RMTState(memory)
@@ -210,11 +221,17 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):  # type: ignore[misc]
             raise ValueError("generate: past_key_values has its memory; leave memory out")
         if state.order:
             raise ValueError(f"generate: past_key_values can't be gone on with: {state.order}")
+        if state.batch and prompt is not None and state.batch != len(prompt):
+            raise ValueError(f"generate: past_key_values is of {state.batch} samples, and the prompt has {len(prompt)}")
         state.fed = 0
         found = super().generate(inputs, *args, past_key_values=state, use_cache=True, **kwargs)
         sequences = found if isinstance(found, Tensor) else found.sequences
-        if len(sequences) != state.batch:
-            state.order = "its samples are beams; read the text again with model.read"
+        ends = kwargs.get("eos_token_id", config.eos_token_id)
+        if ends is None:
+            ends = self.generation_config.eos_token_id
+        if ends is not None and not state.order and len(sequences) == state.batch:
+            begin = 1 if prompt is None else prompt.shape[1]
+            state.take_back(_after_the_end(sequences[:, begin:], ends, state.fed - begin))
         return found
 
     def prepare_inputs_for_generation(
@@ -228,14 +245,15 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):  # type: ignore[misc]
             "past_key_values": past_key_values,
         }  # fmt: skip
 
+    @torch.no_grad()
     def _go_on(self, input_ids: Tensor, mask: Tensor | None, state: RMTState) -> RMTOutput:
         """Read more tokens of each sample; logits of its last one."""
         batch, new = input_ids.shape
         if new < 1:
             raise ValueError("input_ids must hold at least one token that the state has not read")
-        first = not state.at
-        state.start(batch, self.initial_memory.detach())
-        if new == 1 and not first:
+        recurrence, first = self.recurrence, not state.at
+        state.start(batch, self.initial_memory.detach(), self._described())
+        if new == 1 and not first and (mask is None or mask.shape[1] > 1):
             counts = [1] * batch
         else:
             if mask is not None and mask.shape[1] > new:
@@ -247,7 +265,7 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 raise ValueError("attention_mask: every sample needs at least one token to go on from")
         hidden = self._feed(input_ids, counts, state)
         state.fed += new
-        logits = self.recurrence.head(hidden[:, None])  # type: ignore[misc]
+        logits = recurrence.head(hidden[:, None])  # type: ignore[misc]
         return RMTOutput(logits=logits, memory=state.memory, past_key_values=state)
 
     def _feed(self, ids: Tensor, counts: list[int], state: RMTState) -> Tensor:
@@ -347,12 +365,19 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     ) -> Tensor:
         """Rows (samples, count, width) of the running segments through the base model, with the buffers."""
         rows = 2 * self.config.memory + self.config.segment
+        first: Any = self.recurrence.backbone.first
         found = self._decoder(
-            inputs_embeds=x, position_ids=at, past_key_values=SegmentPass(state, rows, at, layout.num_keys, some),
-            use_cache=True, rmt_layout=layout, rmt_query_start=start,
+            inputs_embeds=x, position_ids=first + at, use_cache=True, rmt_layout=layout, rmt_query_start=start,
+            past_key_values=SegmentPass(state, rows, at, layout.num_keys, some),
         )  # fmt: skip
         hidden: Tensor = found.last_hidden_state
         return hidden
+
+
+def _after_the_end(new: Tensor, ends: int | list[int] | Tensor, fed: int) -> list[int]:
+    """How many of the first ``fed`` generated tokens, (batch, n), of each sample are its end or padding after it."""
+    over = torch.isin(new[:, : max(fed, 0)], torch.as_tensor(ends, device=new.device)).cumsum(dim=1) > 0
+    return over.sum(dim=1).tolist()  # type: ignore[no-any-return]
 
 
 def _tokens(ids: Tensor, samples: list[int], done: list[int], count: int) -> Tensor:
@@ -369,3 +394,4 @@ def _tokens_layout(whole: SegmentLayout, rows: int) -> SegmentLayout:
 
 
 AutoModelForCausalLM.register(RMTConfig, RMTForCausalLM, exist_ok=True)
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[RMTConfig.model_type] = RMTForCausalLM.__name__  # whose labels Trainer shifts

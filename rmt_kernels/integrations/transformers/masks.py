@@ -109,17 +109,17 @@ def segment_mask(
             raise TypeError("segment_mask needs q_length or cache_position; this transformers gives neither")
         q_length, device = cache_position.shape[0], cache_position.device
         q_offset = 0 if q_length == kv_length else cache_position[0]
-    decoder = mask_function is _CAUSAL
+    # What masks that are not causal are made with says so, and a trace can't look into their functions.
+    decoder = mask_function is not _BIDIRECTIONAL and "allow_is_bidirectional_skip" not in unused
+    composed = mask_function is not _CAUSAL and mask_function is not _BIDIRECTIONAL
     refused = missing = ""
-    if not decoder and mask_function is not _BIDIRECTIONAL and torch.compiler.is_compiling():
-        # What it is made of can't be looked at; a trace always has the function for packed documents.
-        decoder = True
+    if composed and torch.compiler.is_compiling():
+        # A trace always has the function for packed documents.
         if use_vmap or (local_size is not None and local_size < kv_length):
             refused = f"a mask of the model's own, or attention to the last {local_size} keys only,"
-    elif not decoder and mask_function is not _BIDIRECTIONAL:
+    elif composed:
         kinds = list(dict.fromkeys(_kinds(mask_function)))
         harmless = kinds == ["a sliding window"] and local_size is not None and local_size >= kv_length
-        decoder = True
         if kinds and kinds[0].startswith("packed"):
             missing = (
                 f"{kinds[0]}: attention to the memory would be cut; give attention_mask=, or rmt_layout= with each call"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -14,6 +17,7 @@ from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import ModelOutput
@@ -22,7 +26,13 @@ from rmt_kernels.integrations.transformers.activations import in_one_kernel
 from rmt_kernels.integrations.transformers.attention import EXPLICIT, check_interface, register
 from rmt_kernels.integrations.transformers.config import RMTConfig
 from rmt_kernels.integrations.transformers.masks import CAUSAL
-from rmt_kernels.integrations.transformers.rows import Backbone, check_positions, head_of
+from rmt_kernels.integrations.transformers.rows import (
+    Backbone,
+    Head,
+    check_layers,
+    check_positions,
+    head_of,
+)
 from rmt_kernels.layout import SegmentLayout
 from rmt_kernels.recurrence import RecurrentMemory, SampleLoss, SegmentLoss, TokenLoss
 from rmt_kernels.recurrence.policies import from_plain
@@ -107,8 +117,12 @@ class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         register()
         if base is None:
             if config.base_config is None:
-                raise ValueError("config.base_config is not set; give RMTConfig the base model's configuration")
-            base = self._auto.from_config(config.base_config, attn_implementation=EXPLICIT)
+                raise ValueError(
+                    "config.base_config is not set; give RMTConfig the base model's configuration, or, around a "
+                    f"pretrained model without memory, use {type(self).__name__}.from_base(...)"
+                )
+            own = copy.deepcopy(config.base_config)  # another model may be made from it
+            base = self._auto.from_config(own, attn_implementation=EXPLICIT)
         check_interface(base)
         base.set_attn_implementation(EXPLICIT)
         in_one_kernel(base)
@@ -117,10 +131,12 @@ class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         base.config.rmt_backend = config.rmt_backend
         decoder = self._decoder
         self.layout = self._make_layout(config, getattr(decoder.config, "is_decoder", False))
+        check_layers(decoder, self.layout.num_keys)
         check_positions(decoder, self.layout.num_keys, f"{config.segment} tokens, {config.front} marks and the memory")
         width = decoder.get_input_embeddings().weight.shape[1]
         self.initial_memory = nn.Parameter(torch.zeros(config.memory, width))
         self._add_parts(config, width)
+        self._made_with = _fixed(config)
         self._no_split_modules = getattr(base, "_no_split_modules", None)
         self.post_init()
 
@@ -128,14 +144,27 @@ class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     def from_base(cls, base: PreTrainedModel | str, *, memory: int, segment: int, **fields: Any) -> Any:
         """RMT around a base model, with memory drawn as its embedding's weights are distributed.
 
+        The model that is given is taken over, not copied: its attention knows of segments from then on.
+
         Args:
             base: a model of transformers with the head that this class needs, or a name that ``from_pretrained`` takes.
             memory, segment, fields: see :class:`RMTConfig`.
         """
+        known = set(inspect.signature(RMTConfig.__init__).parameters) | set(vars(PretrainedConfig())) | {"num_labels"}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise TypeError(f"from_base has no argument {', '.join(unknown)}; see RMTConfig for those it has")
+        if isinstance(base, PretrainedConfig):
+            raise TypeError(f"base must be a model or a name, got a {type(base).__name__}; make the model of it first")
         if not isinstance(base, PreTrainedModel):
             base = cls._auto.from_pretrained(base)
         made = cls(RMTConfig(base.config, memory=memory, segment=segment, **fields), base)
-        made.to(base.dtype)
+        # Of the base nothing is cast: its buffers and some of its weights may be wider than the others.
+        device = base.get_input_embeddings().weight.device
+        base_names = {id(p) for p in base.parameters()}
+        for parameter in made.parameters():
+            if id(parameter) not in base_names:
+                parameter.data = parameter.data.to(device, base.dtype)
         made.reset_memory()
         return made
 
@@ -173,6 +202,16 @@ class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         """The base model's, a module; None where it has no head."""
         return self.model.get_output_embeddings()
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """The base model's."""
+        self.model.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's, and the size in both configurations."""
+        found = self.model.resize_token_embeddings(*args, **kwargs)
+        self.config.vocab_size = self.model.config.get_text_config().vocab_size
+        return found
+
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **others: Any
     ) -> None:
@@ -196,6 +235,23 @@ class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     @property
     def recurrence(self) -> RecurrentMemory:
         """The segments' recurrence over this model's parts; its parameters are this model's."""
+        try:
+            return self._recurrence_now()
+        except AttributeError as error:  # or nn.Module would say that there is no such property
+            raise RuntimeError(f"{type(self.model).__name__} is no base model of a known kind: {error}") from error
+
+    def _recurrence_now(self) -> RecurrentMemory:
+        implementation = self._decoder.config._attn_implementation
+        if implementation != EXPLICIT:
+            raise ValueError(
+                f"the base model's attention was set to {implementation!r}, which knows of no segments; set it back "
+                f"with model.model.set_attn_implementation({EXPLICIT!r})"
+            )
+        if _fixed(self.config) != self._made_with:
+            raise ValueError(
+                f"config: memory, segment, mask, align and marks are fixed when a model is made, as {self._made_with}, "
+                f"and are {_fixed(self.config)} now; make another with from_base"
+            )
         embed, bptt = self.get_input_embeddings(), from_plain(self.config.bptt)
         parts = (embed, *self._modules.values(), *self.model._modules.values())
         made = self.__dict__.get("_recurrence")
@@ -213,7 +269,14 @@ class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         found.bptt = bptt
         if found.prefix is not None:
             found.prefix = found.prefix.to(self.initial_memory.device)
-        return found if found.training == self.training else found.train(self.training)
+        # The flags of the base model's own parts are theirs: some may be in another mode.
+        backbone: Any = found.backbone
+        for part in (found, backbone, *(() if self._owns(found.head) else _wrappers(found.head))):
+            part.training = self.training
+        return found
+
+    def _owns(self, part: nn.Module | None) -> bool:
+        return part is None or any(part is own for own in self.modules())
 
     def _prefix(self) -> list[int] | None:
         if not self.config.marks:
@@ -253,15 +316,27 @@ class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         return counted.sum()
 
 
+def _fixed(config: RMTConfig) -> tuple[Any, ...]:
+    return config.memory, config.segment, config.mask, config.align, config.marks
+
+
+def _wrappers(head: Any) -> tuple[nn.Module, ...]:
+    return (head, head.after) if isinstance(head, Head) else (head,)
+
+
 def given_only(name: str, others: dict[str, Any]) -> None:
-    """Raise TypeError for arguments that would be without effect."""
-    harmless = {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "cache_position",
-                "position_ids", "token_type_ids", "logits_to_keep"}  # fmt: skip
-    wrong = [key for key, value in others.items() if value is not None and value is not False and key not in harmless]
-    asked = [key for key in ("output_attentions", "output_hidden_states") if others.get(key)]
-    if wrong or asked:
+    """Raise TypeError for arguments that would be without effect, and for values that would have one elsewhere."""
+    harmless = {"use_cache", "return_dict", "cache_position"}
+    same: dict[str, Callable[[Any], bool]] = {
+        "token_type_ids": lambda given: not bool(given.any()),  # one kind of tokens
+        "position_ids": lambda given: bool((given == torch.arange(given.shape[-1], device=given.device)).all()),
+        "logits_to_keep": lambda given: isinstance(given, int) and given == 0,
+    }
+    asked = {key: value for key, value in others.items() if value is not None and value is not False}
+    wrong = [key for key in asked if key not in harmless and not (key in same and same[key](asked[key]))]
+    if wrong:
         raise TypeError(
-            f"{name} has no argument {', '.join(wrong + asked)}; it takes input_ids, attention_mask, labels and "
+            f"{name} has no argument {', '.join(wrong)}; it takes input_ids, attention_mask, labels and "
             "memory, and rmt_kernels.maps recomputes attention maps"
         )
 
@@ -334,6 +409,8 @@ class RMTForSequenceClassification(RMTPreTrainedModel):
         """Read whole samples; labels: int64 (batch,), or float (batch,) where there is one class. See the base class;
         logits are (batch, classes)."""
         given_only(type(self).__name__, others)
+        if self.config.num_labels == 1 and labels is not None and labels.shape[1:] == (1,):
+            labels = labels[:, 0]
         return self._segments(input_ids, attention_mask, labels, memory, "sample_logits")
 
 

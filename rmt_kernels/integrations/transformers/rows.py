@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from rmt_kernels.integrations.transformers.config import RMTConfig
 from rmt_kernels.layout import SegmentLayout
 
-__all__ = ["Backbone", "Head", "check_positions", "head_of", "position_table"]
+__all__ = ["Backbone", "Head", "check_layers", "check_positions", "head_of", "position_table"]
 
 
 class Backbone(nn.Module):
@@ -47,6 +47,15 @@ class Backbone(nn.Module):
         return torch.cat([before, closing, at[m + 2 : m + 2 + tokens].expand(len(x), -1)], dim=1)
 
 
+class _Output(BaseModelOutputWithPastAndCrossAttentions):  # type: ignore[misc]
+    """With None for whatever else a head looks for, such as the logits of a router."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
 class _Given(nn.Module):
     """In the place of a base model: what it is given is its last hidden state."""
 
@@ -55,9 +64,9 @@ class _Given(nn.Module):
         """Where a model calls a part of its base model."""
         return self
 
-    def forward(self, *_: Any, inputs_embeds: Tensor, **others: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+    def forward(self, *_: Any, inputs_embeds: Tensor, **others: Any) -> _Output:
         """``inputs_embeds``."""
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+        return _Output(last_hidden_state=inputs_embeds)
 
 
 class Head(nn.Module):
@@ -72,6 +81,8 @@ class Head(nn.Module):
             )
         after = copy.copy(model)  # shares every other part
         after._modules = {**model._modules, prefix: _Given()}
+        for name in ("forward", "_old_forward", "_hf_hook"):  # of accelerate, for the whole model
+            after.__dict__.pop(name, None)
         self.after = after
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -99,6 +110,41 @@ def position_table(base: PreTrainedModel) -> nn.Embedding | None:
         if isinstance(part, nn.Embedding) and (last in ("wpe", "embed_positions") or "position_embeddings" in last):
             return part
     return None
+
+
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+
+
+def check_layers(base: PreTrainedModel, rows: int) -> None:
+    """Raise ValueError where not only attention moves what rows hold, or where positions depend on the input's length.
+
+    ``rows``: of a segment.
+    """
+    name, config = type(base).__name__, base.config
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    others = sorted({str(kind) for kind in kinds} - _ATTENTION)
+    if others:
+        raise ValueError(
+            f"{name} has layers of {', '.join(others)}, which hand on what padding and WRITE rows hold; take a base "
+            "model whose rows meet in attention alone"
+        )
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            "base_config.output_router_logits: the loss of a router is not part of the segments' loss; set it to False"
+        )
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if part.get("rope_type", part.get("type")) in ("dynamic", "longrope"):
+            known = part.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            known = known or config.max_position_embeddings
+            if rows > known:
+                raise ValueError(
+                    f"segment: {rows} rows with memory, and {name} turns positions beyond {known} otherwise than those "
+                    "before, by the length of the input; take segments shorter by "
+                    f"{rows - known} tokens"
+                )
 
 
 def check_positions(base: PreTrainedModel, rows: int, parts: str) -> None:

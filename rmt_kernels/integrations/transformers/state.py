@@ -27,6 +27,7 @@ class RMTState(Cache):  # type: ignore[misc]
         self.buffers: list[tuple[Tensor, Tensor]] = []  # (batch, kv_heads, M + T + M, head_dim) each
         self.fed = 0  # columns of input_ids that have been read
         self.order: str = ""  # why it can't be gone on with
+        self.of: str = ""  # the kind of model that it belongs to
 
     @property
     def batch(self) -> int:
@@ -46,11 +47,14 @@ class RMTState(Cache):  # type: ignore[misc]
         """Whether ``generate`` may compile the model by itself."""
         return False
 
-    def start(self, batch: int, memory: Tensor) -> None:
-        """Begin with the first tokens; or, for beams, have each sample several times."""
+    def start(self, batch: int, memory: Tensor, model: str) -> None:
+        """Begin with the first tokens; or, for beams, have each sample several times. ``model`` says whose it is."""
+        if self.of not in ("", model):
+            raise ValueError(f"past_key_values is the state of another model: {self.of}; this one is {model}")
+        self.of = model
         if not self.at:
             entering = memory.expand(batch, -1, -1) if self.memory is None else self.memory
-            if len(entering) != batch:
+            if entering.dim() == 3 and len(entering) != batch:
                 entering = entering.repeat_interleave(self._times(batch, len(entering)), dim=0)
             if entering.shape[1:] != memory.shape or entering.dtype != memory.dtype:
                 raise ValueError(
@@ -62,7 +66,7 @@ class RMTState(Cache):  # type: ignore[misc]
             self.place = torch.zeros(batch, dtype=torch.int32, device=memory.device)
         elif len(self.at) != batch:
             times = self._times(batch, len(self.at))
-            self.reorder_cache(torch.arange(len(self.at), device=memory.device).repeat_interleave(times))
+            self._take(torch.arange(len(self.at), device=memory.device).repeat_interleave(times))
 
     def _times(self, batch: int, known: int) -> int:
         if batch % known:
@@ -70,7 +74,23 @@ class RMTState(Cache):  # type: ignore[misc]
         return batch // known
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the samples ``beam_idx``, int64 (batch,)."""
+        """Take the samples ``beam_idx``, int64 (batch,): beams, which are not in the order of what is returned."""
+        self.order = "its samples are beams; read the text again with model.read"
+        self._take(beam_idx)
+
+    def take_back(self, counts: list[int]) -> None:
+        """Have each sample forget its last tokens, as far as they are in its running segment."""
+        for i, count in enumerate(counts):
+            if count > self.at[i]:
+                self.order = (
+                    f"sample {i} ended {count} tokens before the others, in a segment that is no longer there; read "
+                    "the texts again with model.read, or generate for each alone"
+                )
+        if any(counts) and not self.order:
+            self.at = [at - count for at, count in zip(self.at, counts, strict=True)]
+            self.set_places()
+
+    def _take(self, beam_idx: Tensor) -> None:
         assert self.memory is not None
         index = beam_idx.to(self.memory.device)
         self.memory = self.memory.index_select(0, index)
@@ -138,6 +158,8 @@ class SegmentPass(Cache):  # type: ignore[misc]
         return self._put(buffers[layer_idx][0], key_states), self._put(buffers[layer_idx][1], value_states)
 
     def _put(self, buffer: Tensor, new: Tensor) -> Tensor:
+        if new.dtype is not buffer.dtype:
+            raise ValueError(f"past_key_values was made in {buffer.dtype}, and the model computes in {new.dtype} now")
         index = self.at.to(buffer.device)[:, None, :, None].expand_as(new)
         if self.samples is None:
             return buffer.scatter_(2, index, new)[:, :, : self.keys]
