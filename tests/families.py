@@ -10,10 +10,10 @@ import torch
 import transformers
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-__all__ = ["DECODERS", "ENCODERS", "FAMILIES", "OLD", "SERVED", "Family", "make"]
+__all__ = ["DECODERS", "ENCODERS", "FAMILIES", "OLD", "SERVED", "VERSION", "Family", "make"]
 
-_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-OLD = _VERSION < (5, 0)
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+OLD = VERSION < (5, 0)
 _AUTO = {
     "base": AutoModel, "causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM,
     "classes": AutoModelForSequenceClassification,
@@ -60,7 +60,7 @@ FAMILIES = {
 DECODERS = [name for name, family in FAMILIES.items() if family.decoder]
 ENCODERS = [name for name, family in FAMILIES.items() if not family.decoder]
 # On the attention interface with its masks too: OPT is from 5.2 on, encoders are from 5.0 on.
-SERVED = [name for name in FAMILIES if not ((OLD and name in ENCODERS) or (_VERSION < (5, 2) and name == "opt"))]
+SERVED = [name for name in FAMILIES if not ((OLD and name in ENCODERS) or (VERSION < (5, 2) and name == "opt"))]
 
 
 def make(name: str, kind: str = "base", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

@@ -22,13 +22,13 @@ from rmt_kernels.integrations.transformers import (
     RMTForSequenceClassification,
     swap_in,
 )
-from tests.families import FAMILIES, make
+from tests.families import FAMILIES, VERSION, make
 from tests.test_transformers_models import EXACT, M, T, encoders, tokens, wrapped
 
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not hasattr(transformers, "ModernBertConfig"), reason="no ModernBERT")
+@pytest.mark.skipif(VERSION < (5, 2), reason="ModernBERT is not on the attention interface")
 @encoders
 @pytest.mark.parametrize("compiled", [False, True])
 def test_an_encoder_with_a_window_that_hides_nothing(compiled: bool) -> None:

@@ -67,16 +67,32 @@ class RMTConfig(PretrainedConfig):  # type: ignore[misc]
             if len(marks) != 2 or any(isinstance(mark, bool) or not isinstance(mark, int) for mark in marks):
                 raise ValueError(f"marks must be the token numbers of CLS and SEP, got {marks!r}")
         resolve(from_plain(bptt))
-        self.base_config = base_config
+        self.base_config = None  # while the base class sets what every part is to use: this one has its own
         self.memory, self.segment, self.mask, self.align, self.marks = memory, segment, mask, align, marks
         self.bptt, self.rmt_backend = to_plain(bptt), rmt_backend
         if base_config is not None:  # or output and input embeddings that are not tied would be
             others.setdefault("tie_word_embeddings", getattr(base_config, "tie_word_embeddings", False))
         super().__init__(**others)
+        self.base_config = base_config
         if base_config is not None:
             for name in ("vocab_size", "hidden_size", "pad_token_id", "bos_token_id", "eos_token_id"):
                 if getattr(self, name, None) is None and getattr(base_config, name, None) is not None:
                     setattr(self, name, getattr(base_config, name))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: the configuration of another kind of model.
+        """
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"this is the configuration of a {kind!r} model without memory; put one into RMT with "
+                "RMTForCausalLM.from_base(folder, memory=..., segment=...), or from_base of the class that you need"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def front(self) -> int:
