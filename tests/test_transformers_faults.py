@@ -106,6 +106,17 @@ def test_samples_that_end_at_different_times_go_on_from_their_ends() -> None:
         assert (found[i] - whole).abs().max() <= EXACT
 
 
+def test_an_end_token_that_ends_nothing_is_read_like_any_other() -> None:
+    model, ids = wrapped("gpt2"), tokens(2, 3)
+    told = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    model.generation_config.eos_token_id = int(told[0, 4])
+    state = model.generate(
+        ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, stopping_criteria=[], pad_token_id=0,
+        return_dict_in_generate=True,
+    ).past_key_values  # fmt: skip
+    assert state.at == [7, 7]
+
+
 def test_an_end_in_a_segment_that_is_gone_is_said() -> None:
     model, ids = wrapped("gpt2"), tokens(2, T - 1)
     told = model.generate(ids, max_new_tokens=T, do_sample=False, eos_token_id=None, pad_token_id=0)

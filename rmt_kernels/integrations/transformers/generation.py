@@ -226,12 +226,15 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):  # type: ignore[misc]
         state.fed = 0
         found = super().generate(inputs, *args, past_key_values=state, use_cache=True, **kwargs)
         sequences = found if isinstance(found, Tensor) else found.sequences
-        ends = kwargs.get("eos_token_id", config.eos_token_id)
-        if ends is None:
-            ends = self.generation_config.eos_token_id
+
+        def resolved(name: str) -> Any:
+            asked = (kwargs.get(name), getattr(config, name), getattr(self.generation_config, name))
+            return next((value for value in asked if value is not None), None)
+
+        ends, padding = resolved("eos_token_id"), resolved("pad_token_id")
         if ends is not None and not state.order and len(sequences) == state.batch:
             begin = 1 if prompt is None else prompt.shape[1]
-            state.take_back(_after_the_end(sequences[:, begin:], ends, state.fed - begin))
+            state.take_back(_after_the_end(sequences[:, begin:], ends, padding, state.fed - begin))
         return found
 
     def prepare_inputs_for_generation(
@@ -252,6 +255,7 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if new < 1:
             raise ValueError("input_ids must hold at least one token that the state has not read")
         recurrence, first = self.recurrence, not state.at
+        state.front = recurrence.backbone.first  # type: ignore[assignment]
         state.start(batch, self.initial_memory.detach(), self._described())
         if new == 1 and not first and (mask is None or mask.shape[1] > 1):
             counts = [1] * batch
@@ -365,19 +369,23 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     ) -> Tensor:
         """Rows (samples, count, width) of the running segments through the base model, with the buffers."""
         rows = 2 * self.config.memory + self.config.segment
-        first: Any = self.recurrence.backbone.first
         found = self._decoder(
-            inputs_embeds=x, position_ids=first + at, use_cache=True, rmt_layout=layout, rmt_query_start=start,
+            inputs_embeds=x, position_ids=state.front + at, use_cache=True, rmt_layout=layout, rmt_query_start=start,
             past_key_values=SegmentPass(state, rows, at, layout.num_keys, some),
         )  # fmt: skip
         hidden: Tensor = found.last_hidden_state
         return hidden
 
 
-def _after_the_end(new: Tensor, ends: int | list[int] | Tensor, fed: int) -> list[int]:
+def _after_the_end(new: Tensor, ends: Any, padding: int | None, fed: int) -> list[int]:
     """How many of the first ``fed`` generated tokens, (batch, n), of each sample are its end or padding after it."""
-    over = torch.isin(new[:, : max(fed, 0)], torch.as_tensor(ends, device=new.device)).cumsum(dim=1) > 0
-    return over.sum(dim=1).tolist()  # type: ignore[no-any-return]
+    ends = torch.as_tensor(ends, device=new.device).flatten()
+    over = torch.isin(new, ends).cumsum(dim=1) > 0
+    after = over.roll(1, dims=1)
+    after[:, :1] = False
+    # An end token that did not end it is followed by something else.
+    ended = ((new == (ends[0] if padding is None else padding)) | ~after).all(dim=1)
+    return (over[:, : max(fed, 0)].sum(dim=1) * ended).tolist()  # type: ignore[no-any-return]
 
 
 def _tokens(ids: Tensor, samples: list[int], done: list[int], count: int) -> Tensor:

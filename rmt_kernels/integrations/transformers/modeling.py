@@ -270,13 +270,12 @@ class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         if found.prefix is not None:
             found.prefix = found.prefix.to(self.initial_memory.device)
         # The flags of the base model's own parts are theirs: some may be in another mode.
-        backbone: Any = found.backbone
-        for part in (found, backbone, *(() if self._owns(found.head) else _wrappers(found.head))):
+        own: list[Any] = [found, found.backbone]
+        if isinstance(found.head, (Head, _Classifier)):
+            own += [found.head, *([found.head.after] if isinstance(found.head, Head) else [])]
+        for part in own:
             part.training = self.training
         return found
-
-    def _owns(self, part: nn.Module | None) -> bool:
-        return part is None or any(part is own for own in self.modules())
 
     def _prefix(self) -> list[int] | None:
         if not self.config.marks:
@@ -318,10 +317,6 @@ class RMTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
 def _fixed(config: RMTConfig) -> tuple[Any, ...]:
     return config.memory, config.segment, config.mask, config.align, config.marks
-
-
-def _wrappers(head: Any) -> tuple[nn.Module, ...]:
-    return (head, head.after) if isinstance(head, Head) else (head,)
 
 
 def given_only(name: str, others: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ class RMTState(Cache):  # type: ignore[misc]
         self.buffers: list[tuple[Tensor, Tensor]] = []  # (batch, kv_heads, M + T + M, head_dim) each
         self.fed = 0  # columns of input_ids that have been read
         self.order: str = ""  # why it can't be gone on with
+        self.front = 0  # the model's first position
         self.of: str = ""  # the kind of model that it belongs to
 
     @property
