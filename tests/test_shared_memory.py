@@ -161,7 +161,7 @@ def test_bad_shapes() -> None:
 
 def test_without_gymnasium(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gymnasium", None)
-    with pytest.raises(ImportError, match=r"rmt_kernels\[taxi\]"):
+    with pytest.raises(ImportError, match=r"pip install 'gymnasium>=1"):
         taxi.train(training=Training(updates=1))
 
 
