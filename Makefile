@@ -54,7 +54,7 @@ test-oldest: setup $(OLDEST:=/.installed)
 	set -e; for oldest in $(OLDEST); do \
 	  PYTHONPATH=$(CURDIR)/$$oldest $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
 	    tests/test_transformers.py tests/test_transformers_models.py tests/test_transformers_generation.py \
-	    tests/test_transformers_parallel.py tests/test_huggingface_examples.py; done
+	    tests/test_transformers_faults.py tests/test_transformers_parallel.py tests/test_huggingface_examples.py; done
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
