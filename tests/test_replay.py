@@ -605,13 +605,10 @@ def test_weight_gradients_are_summed_in_the_weights_dtype(count: int) -> None:
 def test_policies_agree_under_autocast(dtype: torch.dtype) -> None:
     model = tiny(dtype=torch.float32, kernel=not cpu.why_missing, loss=TokenLoss(rows=4))
     with torch.autocast("cpu", dtype=dtype):
-        # Kept segments share one loss, whose chunks are not those of each, and a chunk's gradient is rounded to dtype.
-        full = step(model, IDS, labels=IDS)
-        wanted = step(model, IDS, Replay(keep=0), labels=IDS)
-        check_step(full, wanted, torch.finfo(dtype).eps)
+        wanted = step(model, IDS, labels=IDS)
         for policy in (Replay(keep=0), Replay(keep=2)):
-            check_step(step(model, IDS, policy, driver=True, labels=IDS), wanted, 1e-5)
-        check_step(step(model, IDS, Replay(keep=2), labels=IDS), wanted, torch.finfo(dtype).eps)
+            for driver in (False, True):
+                check_step(step(model, IDS, policy, driver=driver, labels=IDS), wanted, 1e-5)
         assert model(IDS).memory.dtype is torch.float32
 
 

@@ -44,15 +44,17 @@ def without_value(report: Tensor | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def gradients_at_once() -> Iterator[None]:
+def gradients_at_once(period: int | None = None) -> Iterator[None]:
     """In this thread, the forward pass of chunked losses computes their gradients, and holds them for backward.
 
     Spares a quarter of the head's products, those that compute the logits again in backward, and holds a gradient of
     the head's weight for each loss: for one loss a step. Without effect where the head is more than an ``nn.Linear``,
     where the loss learns, and in float16, whose gradients need the factor that backward brings.
+
+    ``period``: rows of a segment, whose border no chunk crosses, so that chunks are those of a segment on its own.
     """
-    before = getattr(_local, "at_once", False)
-    _local.at_once = True
+    before = getattr(_local, "at_once", (False, None))
+    _local.at_once = (True, period)
     try:
         yield
     finally:
@@ -89,10 +91,11 @@ def chunked(
             "blocks, but not on the head, whose parameters then belong to the root"
         )
     wanted, report = getattr(_local, "pass_", (True, None))
-    at_once = wanted and getattr(_local, "at_once", False)
+    at_once, period = getattr(_local, "at_once", (False, None))
+    at_once = at_once and wanted
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weights):
         wanted, report, at_once = True, None, False  # no backward pass will follow that could report the value
-    plan = _Plan(total, head, learned, rows, tuple(weights), _autocast(hidden), wanted, report, at_once)
+    plan = _Plan(total, head, learned, rows, tuple(weights), _autocast(hidden), wanted, report, at_once, period)
     return _Chunked.apply(plan, hidden, labels, factor, *weights)  # type: ignore[no-any-return]
 
 
@@ -134,6 +137,15 @@ class _Plan:
     wanted: bool  # the value
     report: Tensor | None
     at_once: bool  # gradients, in the forward pass
+    period: int | None  # rows after which a chunk begins anew
+
+    def parts(self, rows: int) -> Iterator[slice]:
+        """The chunks of so many rows."""
+        period = self.period or rows
+        for begin in range(0, rows, period):
+            end = min(begin + period, rows)
+            for first in range(begin, end, self.rows):
+                yield slice(first, min(first + self.rows, end))
 
 
 class _Chunked(torch.autograd.Function):
@@ -154,8 +166,7 @@ class _Chunked(torch.autograd.Function):
         value = factor.new_zeros(())
         if plan.wanted:
             logits = linear or _callable(plan.head)
-            for first in range(0, len(hidden), plan.rows):
-                part = slice(first, first + plan.rows)
+            for part in plan.parts(len(hidden)):
                 value = value + plan.total(logits(hidden[part]), labels[part])
         return value * factor
 
@@ -243,10 +254,9 @@ class _Sweep:
         value = self.seed.new_zeros(())
         # The hooks of a checkpoint around all of this are not for what begins and ends in here.
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-            for chunk, first in enumerate(range(0, len(hidden), self.plan.rows)):
+            for chunk, part in enumerate(self.plan.parts(len(hidden))):
                 if chunk and chunk % _GROUP == 0:
                     self._close_group()
-                part = slice(first, first + self.plan.rows)
                 if linear is None:
                     loss, found = self.through(hidden[part], labels[part])
                 else:

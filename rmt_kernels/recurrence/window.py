@@ -54,7 +54,7 @@ class Window:
         if not others:  # several steps may be pending, each of which would hold a gradient of the head
             return loss.of_segment(self._rows.pop(), first.targets or (), first.counts, head, first.factor)
         targets = tuple(torch.cat(parts) for parts in zip(*(call.targets or () for call in self._calls), strict=True))
-        hidden = torch.cat(self._rows)
+        hidden, period = torch.cat(self._rows), self._rows[0].shape[:2].numel()
         self._rows.clear()
-        with gradients_at_once():
+        with gradients_at_once(period):
             return loss.of_segment(hidden, targets, None, head, first.factor)
